@@ -1,0 +1,57 @@
+# make demo: find a circuit in the embedded model.   make test: run every test.
+# Both make their own environment in .venv, from nothing but Python and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PACKAGING := settings.ini setup.py constraints.txt
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+# a hung notebook must not hang the tests; macOS has no `timeout`
+LIMIT := $(if $(shell command -v timeout),timeout 900)
+
+# the models are small: more threads than processes only get in each other's way
+export OMP_NUM_THREADS ?= 1
+export MPLBACKEND := agg
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help demo test docs notebooks install clean
+
+help:
+	@echo 'make demo       find the IOI circuit of the embedded model; writes it, its figures and a summary into demo/'
+	@echo 'make test       run the tests in the notebooks and in tests/'
+	@echo 'make docs       build the documentation site into _docs/'
+	@echo 'make notebooks  run every notebook and save its outputs'
+	@echo 'make clean      remove the environment and everything built'
+
+demo: $(VENV)/.library
+	$(BIN)/mgprune discover ioi --kl 0.1 --out demo
+
+test: $(VENV)/.tools
+	$(LIMIT) $(BIN)/nbdev_test --n_workers 2 --timing
+	$(LIMIT) $(BIN)/python -m pytest -q tests
+
+docs: $(VENV)/.tools
+	$(BIN)/python -W ignore .ci/docs.py
+
+notebooks: $(VENV)/.tools
+	$(BIN)/python .ci/execute.py
+
+install: $(VENV)/.tools
+
+clean:
+	rm -rf $(VENV) _docs _proc build dist *.egg-info demo .pytest_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'mgprune needs Python 3.11 or later: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.library: $(PACKAGING) | $(BIN)/python
+	@echo 'Installing mgprune into $(VENV): PyTorch is large, this takes a few minutes.'
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.tools: $(PACKAGING) | $(BIN)/python
+	@echo 'Installing mgprune and the development tools into $(VENV): this takes a few minutes.'
+	$(INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.library

@@ -1,0 +1,10 @@
+"""Find the circuit behind a language model's behaviour, at every granularity at once."""
+__version__ = "0.1.0"
+
+from mgprune import plots, tasks
+from mgprune.circuit import Circuit
+from mgprune.evaluation import evaluate
+from mgprune.models import load_model
+from mgprune.training import discover
+
+__all__ = ["load_model", "tasks", "discover", "Circuit", "evaluate"]

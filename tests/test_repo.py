@@ -1,0 +1,241 @@
+"""What every commit keeps true: notebooks clean and small, code documented, and every file in step with the others."""
+import ast
+import importlib.util
+import io
+import json
+import re
+import sys
+import tokenize
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+MODULES = sorted(p for p in (ROOT / "mgprune").glob("*.py") if not p.name.startswith("_"))
+MACHINE_PATH = re.compile(r"(?<![\w.~:/-])/(work|root|home|tmp|mnt|opt|Users|private|var/folders)/[\w.-]")
+PROGRESS_BAR = re.compile(r"\d+/\d+ \[\d\d:\d\d")
+
+notebooks = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(ROOT / "nbs").as_posix())
+modules = pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+
+
+def settings():
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    return config["DEFAULT"]
+
+
+def cells(path, kind=None):
+    "The cells of a notebook, with their sources as one string"
+    found = [dict(cell, source="".join(cell["source"])) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+    return [cell for cell in found if kind in (None, cell["cell_type"])]
+
+
+def directive(cell, name):
+    "The arguments of a cell's `#| name` line; None where it has none"
+    found = re.search(rf"(?m)^#\|\s*{name}(?![\w-]):?(.*)$", cell["source"])
+    return found and found[1].strip()
+
+
+def exported(path):
+    return [cell for cell in cells(path, "code") if re.search(r"(?m)^#\|\s*exports?i?\b", cell["source"])]
+
+
+def module_of(path):
+    "The module a notebook exports to; None where it exports none"
+    names = [directive(cell, "default_exp") for cell in cells(path, "code")]
+    return next((name for name in names if name), None)
+
+
+# --- the text of the notebooks
+
+@notebooks
+def test_opens_with_a_title_and_one_sentence(path):
+    first = cells(path, "markdown")[0]["source"]
+    assert re.match(r"# \S", first), "the first Markdown cell starts with a title"
+    assert re.search(r"(?m)^> \S", first), "the first Markdown cell says in a blockquote what the page is about"
+
+
+@notebooks
+def test_exported_cells_are_short(path):
+    for cell in exported(path):
+        assert len(cell["source"].splitlines()) <= 40, f"cell {cell['id']} has over 40 lines"
+
+
+@notebooks
+def test_imports_have_cells_of_their_own(path):
+    # nbdev runs every cell that imports when it builds the docs
+    for cell in exported(path):
+        kinds = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(cell["source"]).body}
+        assert kinds != {True, False}, f"cell {cell['id']} mixes imports with other code"
+
+
+@notebooks
+def test_file_name_is_the_module(path):
+    name = module_of(path)
+    if name: assert re.fullmatch(rf"\d\d_{name}", path.stem)
+    else: assert not exported(path), "a notebook with exported cells names its module with `#| default_exp`"
+
+
+@notebooks
+def test_links_lead_to_notebooks(path):
+    for cell in cells(path, "markdown"):
+        for target in re.findall(r"\]\(([^)#:\s]+\.ipynb)", cell["source"]):
+            assert (path.parent / target).is_file(), f"cell {cell['id']} links to {target}"
+
+
+# --- the saved outputs
+
+@notebooks
+def test_outputs_are_small_and_free_of_errors(path):
+    for cell in cells(path, "code"):
+        for output in cell["outputs"]:
+            assert output["output_type"] != "error", f"cell {cell['id']} failed"
+            assert len(json.dumps(output)) < 100_000, f"cell {cell['id']} has an output over 100 kB"
+            assert not PROGRESS_BAR.search(json.dumps(output)), f"cell {cell['id']} saved a progress bar: run .ci/execute.py"
+    assert path.stat().st_size < 1_000_000
+
+
+@notebooks
+def test_figures_are_saved(path):
+    for cell in cells(path, "code"):
+        if directive(cell, "fig-cap") is not None:
+            assert any("image/png" in output.get("data", {}) for output in cell["outputs"]), \
+                f"cell {cell['id']} shows no figure: run .ci/execute.py {path.relative_to(ROOT)}"
+
+
+@notebooks
+def test_names_no_path_of_a_machine(path):
+    # a picture is base64 text, in which any short path may turn up
+    for cell in cells(path):
+        for output in cell.get("outputs", []):
+            output["data"] = {kind: data for kind, data in output.get("data", {}).items() if not kind.startswith("image/")}
+        found = MACHINE_PATH.search(json.dumps(cell).replace("\\n", "\n"))
+        assert not found, f"cell {cell['id']} names {found[0]}"
+
+
+# --- the code of the library
+
+def test_modules_are_what_the_notebooks_export():
+    assert {path.stem for path in MODULES} == set(filter(None, map(module_of, NOTEBOOKS)))
+
+
+@modules
+def test_imports_only_what_settings_require(path):
+    allowed = {Requirement(text).name for text in settings()["requirements"].split()} | {"mgprune"} | sys.stdlib_module_names
+    assert {name.split(".")[0] for name in imported(path)} <= allowed
+
+
+@modules
+def test_imports_only_modules_before_it(path):
+    order = [module_of(p) for p in NOTEBOOKS if module_of(p)]
+    used = {name.split(".")[1] for name in imported(path) if name.startswith("mgprune.")} - {"__version__"}
+    assert used <= set(order[: order.index(path.stem)])
+
+
+def imported(path):
+    "Full names of the modules that the code at `path` imports, anywhere in it"
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import): yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "mgprune" if node.level else node.module
+            parts = [node.module] if node.level and node.module else []
+            name = ".".join([base, *parts])
+            yield from (f"mgprune.{alias.name}" for alias in node.names) if name == "mgprune" else [name]
+
+
+@modules
+def test_public_names_are_documented(path):
+    text = path.read_text(encoding="utf-8")
+    comments = {token.start[0] for token in tokenize.generate_tokens(io.StringIO(text).readline)
+                if token.type == tokenize.COMMENT}
+    problems = [f"line {line}: {problem}" for node in public(ast.parse(text)) for line, problem in undocumented(node, comments)]
+    assert not problems, "\n".join([path.name, *problems])
+
+
+def public(module):
+    "The functions and classes that a module lists in `__all__`, and their public methods"
+    lists = [node.value for node in module.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"]
+    for node in module.body:
+        if getattr(node, "name", None) in ast.literal_eval(lists[0]):
+            yield node
+            if isinstance(node, ast.ClassDef):
+                yield from (m for m in node.body if isinstance(m, ast.FunctionDef) and not m.name.startswith("_"))
+
+
+def undocumented(node, comments):
+    "Where the function or class `node` lacks a docstring or the comment of a parameter; `comments` are line numbers"
+    if not ast.get_docstring(node): yield node.lineno, f"{node.name} has no docstring"
+    if isinstance(node, ast.ClassDef):
+        named = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name in ("__init__", "__call__")]
+        for method in named: yield from uncommented(parameters(method), f"{node.name}.{method.name}", comments)
+        if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+            yield from uncommented([(f.target.id, f.end_lineno) for f in node.body if isinstance(f, ast.AnnAssign)],
+                                   node.name, comments)
+    else: yield from uncommented(parameters(node), node.name, comments)
+
+
+def parameters(function):
+    "Name and last line of each parameter, without self and cls"
+    a = function.args
+    positional, defaults = a.posonlyargs + a.args, [None] * (len(a.posonlyargs + a.args) - len(a.defaults)) + a.defaults
+    found = [*zip(positional, defaults), *zip(a.kwonlyargs, a.kw_defaults), (a.vararg, None), (a.kwarg, None)]
+    return [(arg.arg, (default or arg).end_lineno) for arg, default in found if arg and arg.arg not in ("self", "cls")]
+
+
+def uncommented(named_lines, owner, comments):
+    lines = [line for _, line in named_lines]
+    for name, line in named_lines:
+        if line not in comments: yield line, f"{owner}: {name} has no comment"
+        elif lines.count(line) > 1: yield line, f"{owner}: {name} shares its line, and so its comment"
+
+
+# --- files that say the same thing
+
+def test_version_agrees():
+    text = (ROOT / "mgprune" / "__init__.py").read_text(encoding="utf-8")
+    assert f'__version__ = "{settings()["version"]}"' in text
+
+
+def test_constraints_meet_the_requirements():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "only plain name==version lines"
+    pins = {name.lower().replace("_", "-"): version for name, version in (line.split("==") for line in lines)}
+    for key in ("requirements", "smollm2_requirements", "dev_requirements"):
+        for requirement in map(Requirement, settings()[key].split()):
+            assert requirement.specifier.contains(pins[requirement.name]), f"{requirement} in settings.ini"
+
+
+def test_readme_is_what_index_says():
+    spec = importlib.util.spec_from_file_location("readme", ROOT / ".ci" / "readme.py")
+    writer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(writer)
+    index = json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))
+    text, figures = writer.readme(index, settings()["doc_host"] + settings()["doc_baseurl"])
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == text, "run .ci/readme.py"
+    for number, picture in enumerate(figures, 1):
+        assert (ROOT / "index_files" / f"figure-{number}.png").read_bytes() == picture, "run .ci/readme.py"
+
+
+def test_sidebar_lists_every_notebook_once():
+    config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    listed = list(pages(config["website"]["sidebar"]["contents"]))
+    assert sorted(listed) == [p.relative_to(ROOT / "nbs").as_posix() for p in NOTEBOOKS]
+    numbered = [page for page in listed if re.match(r"\d", page)]
+    assert numbered == sorted(numbered), "the library is listed in the order of its modules"
+
+
+def pages(contents):
+    for entry in contents:
+        if isinstance(entry, str): yield entry
+        elif "section" in entry: yield from pages(entry["contents"])
+        else: yield entry["href"]
+
+
+def test_notebooks_share_the_one_quarto_config():
+    assert (ROOT / "nbs" / "_quarto.yml").is_symlink()
+    assert (ROOT / "nbs" / "_quarto.yml").resolve() == ROOT / "_quarto.yml"
