@@ -97,8 +97,12 @@ def from_scores(
     kept = {l: is_open(s, threshold) for l, s in lowest(scores, sites).items()}
     return from_kept(kept, sites, scores={l: s.detach().float().cpu() for l, s in scores.items()}, provenance=dict(provenance or {}))
 
-# %% ../nbs/08_circuit.ipynb #3e08a814
-def combine(a, b, f):
+# %% ../nbs/08_circuit.ipynb #d6730dfc
+def combine(
+    a,  # Circuit
+    b,  # Circuit of the same model
+    f,  # (boolean tensor, boolean tensor) -> boolean tensor
+):
     "The circuit whose kept nodes are `f` of two circuits' nodes, level by level"
     if a.sites != b.sites: raise InputError("these circuits belong to models of different shape: expected the same sites")
     return from_kept({l: f(k, b.kept[l]) for l, k in a.kept.items() if l in b.kept}, a.sites,
@@ -143,7 +147,7 @@ def edge_counts(
     total = count([circuit.sites.n_heads] * circuit.sites.n_layers, [1] * circuit.sites.n_layers)
     return dict(zip(("ACDC", "paper"), zip(kept, total)))
 
-# %% ../nbs/08_circuit.ipynb #9526b037
+# %% ../nbs/08_circuit.ipynb #e35162f0
 @contextmanager
 def applied(
     circuit,  # Circuit
@@ -159,7 +163,10 @@ def applied(
     masks = type(masks)(*(m if m is None else m.to(model.device) for m in masks))
     with interpolated(model, masks, corrupt): yield model
 
-def check_sites(circuit, model):
+def check_sites(
+    circuit,  # Circuit
+    model,    # a Hugging Face causal language model
+):
     "Refuse a model of another shape"
     if find_sites(model) != circuit.sites: raise InputError(
         f"this circuit belongs to a model with other sites: {circuit.sites.n_layers} layers of {circuit.sites.n_heads} heads and "
@@ -167,7 +174,7 @@ def check_sites(circuit, model):
 
 Circuit.applied = applied
 
-# %% ../nbs/08_circuit.ipynb #cc7ddc70
+# %% ../nbs/08_circuit.ipynb #3712f266
 FORMAT = "mgprune circuit 1"
 
 def digest(
@@ -188,7 +195,9 @@ def write_together(
             for path in files: os.replace(Path(half_written) / path.name, path)
     except OSError as e: raise InputError(f"cannot write into {str(folder)!r}: {e.strerror or e}. Choose a folder you may write to") from e
 
-def as_text(data):
+def as_text(
+    data,  # plain values
+):
     "Canonical JSON: what the digest is taken of"
     return json.dumps(data, sort_keys=True, separators=(",", ":"))
 

@@ -23,12 +23,14 @@ from .plots import save_figures
 from .tasks import BUILT_IN, load as load_task
 from .training import Goal, Recipe, discover, peak_mb
 
-# %% ../nbs/15_cli.ipynb #02c45c04
+# %% ../nbs/15_cli.ipynb #3fdd7ed0
 class Parser(argparse.ArgumentParser):
     "Reads the command line; a mistake in it ends with one line instead of the whole usage"
     def error(self,
         message,  # what is wrong
-    ): raise InputError(f"{message} ({self.prog} --help tells more)")
+    ):
+        "Refuse the arguments"
+        raise InputError(f"{message} ({self.prog} --help tells more)")
 
 def parser():
     "The commands and their options"

@@ -30,7 +30,7 @@ def measures(
     result["faithfulness"] = (c - e) / (m - e) if m != e else float("nan")
     return result
 
-# %% ../nbs/09_evaluation.ipynb #06d44b65
+# %% ../nbs/09_evaluation.ipynb #56fd2798
 def evaluate(
     model,           # the model that the circuit belongs to
     circuit,         # Circuit
@@ -43,7 +43,10 @@ def evaluate(
     examples = task if isinstance(task, Examples) else prepare(model, task.batch("test"), output=masks.output is not None)
     return measures(all_masked_logits(model, examples, masks, batch_size), examples)
 
-def on_device(masks, model):
+def on_device(
+    masks,  # SiteMasks
+    model,  # a Hugging Face causal language model
+):
     "The masks where the model is"
     return type(masks)(*(m if m is None else m.to(model.device) for m in masks))
 

@@ -37,14 +37,17 @@ def level_shapes(
                   mlp_neuron=(s.mlp_width,), mlp_output=(s.width,))
     return {l: (s.n_layers, *shapes[l]) for l in check_levels(levels)}
 
-# %% ../nbs/03_masks.ipynb #c6586361
+# %% ../nbs/03_masks.ipynb #387087d4
 class SiteMasks(NamedTuple):
     "One mask for each site; None leaves that site alone"
     attention: torch.Tensor   # [..., layers, heads × head width]
     mlp: torch.Tensor         # [..., layers, MLP width]
     output: torch.Tensor = None  # [..., layers, width], on what the MLP adds to the residual stream
 
-def product(gates, levels):
+def product(
+    gates,   # level -> tensor, each with the axes of the level above and its own after them
+    levels,  # names of levels from coarse to fine
+):
     "Product of those of `levels` that have gates, each broadcast over the axes below it; None if none has"
     result = None
     for g in (gates[l] for l in levels if l in gates):

@@ -55,17 +55,28 @@ def mlp_shares(
     "Share of each MLP's neurons that are kept, [layers]"
     return circuit.kept["mlp_neuron"].float().mean(-1)
 
-# %% ../nbs/12_plots.ipynb #b5ab2b57
+# %% ../nbs/12_plots.ipynb #99e2634c
 BAR = 5.  # length of an MLP's bar, in boxes
 
-def draw_heads(axes, layer, shares, closed):
+def draw_heads(
+    axes,    # matplotlib axes
+    layer,   # number of the layer, its height in the picture
+    shares,  # share of attention neurons kept, one for each head
+    closed,  # colour of a closed head
+):
     "One layer's heads as boxes, the last one next to the residual stream, with a connection if one is kept"
     for place, share in zip(range(-len(shares), 0), shares):
         axes.add_patch(Rectangle((place - .4, layer - .4), .8, .8, facecolor=shade(share) if share > 0 else closed,
                                  edgecolor="0.6" if share > 0 else "none", lw=.5))
     if max(shares) > 0: axes.annotate("", (0, layer), (-.6, layer), arrowprops=dict(arrowstyle="->", color="0.4", lw=.8))
 
-def draw_mlp(axes, layer, share, count, closed):
+def draw_mlp(
+    axes,    # matplotlib axes
+    layer,   # number of the layer, its height in the picture
+    share,   # share of MLP neurons kept
+    count,   # number of MLP neurons kept
+    closed,  # colour of the empty part of the bar
+):
     "One layer's MLP as a bar, filled as far as its neurons are kept, with their number and a connection"
     axes.add_patch(Rectangle((.8, layer - .3), BAR, .6, facecolor=closed))
     if count == 0: return
@@ -73,7 +84,7 @@ def draw_mlp(axes, layer, share, count, closed):
     axes.annotate("", (0, layer), (.8, layer), arrowprops=dict(arrowstyle="->", color="0.4", lw=.8))
     axes.text(BAR + 1, layer, f"{count:,}", va="center", fontsize=7)
 
-# %% ../nbs/12_plots.ipynb #90447245
+# %% ../nbs/12_plots.ipynb #08cbe710
 def canvas(
     n_layers,  # rows
     n_heads,   # boxes to the left of the residual stream
@@ -87,7 +98,11 @@ def canvas(
     axes.axis("off")
     return figure, axes
 
-def draw_labels(axes, n_layers, n_heads):
+def draw_labels(
+    axes,      # matplotlib axes
+    n_layers,  # number of layers
+    n_heads,   # heads per layer
+):
     "The residual stream, what the rows and columns are, and the scale of the heads' colours"
     small = dict(ha="center", va="center", fontsize=7)
     axes.annotate("", (0, n_layers - .1), (0, -.8), arrowprops=dict(arrowstyle="-|>", color="0.4", lw=1.5, shrinkA=0, shrinkB=0))
@@ -120,7 +135,7 @@ def plot_circuit(
 
 Circuit.plot = plot_circuit
 
-# %% ../nbs/12_plots.ipynb #b37fcdc6
+# %% ../nbs/12_plots.ipynb #92af71ef
 def plot_heads(
     circuit,  # Circuit
 ):
@@ -145,7 +160,9 @@ def plot_heads(
     bar.ax.tick_params(labelsize=7)
     return figure
 
-def cells(grid):
+def cells(
+    grid,  # matrix
+):
     "Row and column of every entry of a matrix, row by row"
     return [(row, column) for row in range(grid.shape[0]) for column in range(grid.shape[1])]
 

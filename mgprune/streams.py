@@ -76,15 +76,17 @@ def nbytes(
     rows.map(lambda t: sizes.append(t.nbytes))
     return sum(sizes)
 
-# %% ../nbs/04_streams.ipynb #2cbdb671
+# %% ../nbs/04_streams.ipynb #0ead6d52
 @contextmanager
-def hooks(*handles):
+def hooks(
+    *handles,  # what registering a hook returned
+):
     "Remove the hooks at the end, whatever happens"
     with ExitStack() as stack:
         for h in handles: stack.callback(h.remove)
         yield
 
-# %% ../nbs/04_streams.ipynb #78a61f3e
+# %% ../nbs/04_streams.ipynb #5ec7870a
 def join(
     recordings,  # Recordings of parts of a batch
 ):
@@ -106,7 +108,13 @@ def record(
         chunks = [record_once(model, sites, i, m, output) for i, m in zip(ids.split(batch_size), attention_mask.split(batch_size))]
     return chunks[0] if len(chunks) == 1 else join(chunks)
 
-def record_once(model, sites, ids, attention_mask, output):
+def record_once(
+    model,           # a Hugging Face causal language model
+    sites,           # of the model, from find_sites
+    ids,             # [examples, positions] token ids, padded on the left
+    attention_mask,  # [examples, positions] 1 for a token, 0 for padding
+    output,          # record what the MLPs add to the residual stream too
+):
     "One recorded forward pass"
     seen = {"attention": [], "mlp": [], "output": []}
     def before(site): return lambda module, args: seen[site].append(args[0])
@@ -148,7 +156,7 @@ def circuit_logits(
     "Answer logits of the masked model on the clean prompts, [examples, vocabulary]"
     with interpolated(model, masks, corrupt): return answer_logits(model, batch.clean, batch.attention_mask)
 
-# %% ../nbs/04_streams.ipynb #73f37a8e
+# %% ../nbs/04_streams.ipynb #7780f579
 @dataclass(frozen=True, eq=False)
 class Examples(Rows):
     "Pairs with the full model's answer and, where it fits, the recorded corrupted stream"
@@ -159,7 +167,11 @@ class Examples(Rows):
 
     def __len__(self): return len(self.batch)
 
-    def map(self, f): return Examples(self.batch.map(f), f(self.full), f(self.closed), self.corrupt and self.corrupt.map(f))
+    def map(self,
+        f,  # tensor -> tensor
+    ):
+        "Apply `f` to every tensor"
+        return Examples(self.batch.map(f), f(self.full), f(self.closed), self.corrupt and self.corrupt.map(f))
 
 def recording_bytes(
     model,  # a Hugging Face causal language model

@@ -104,7 +104,7 @@ def next_price(
     error = max(-1., min(1., 2 * (1 - measured / target)))
     return price * math.exp(rate * (error if goal.kl else -error))
 
-# %% ../nbs/10_training.ipynb #f2276f13
+# %% ../nbs/10_training.ipynb #4ed21630
 class Search:
     "Trains the gates of one model on one task's examples"
     def __init__(self,
@@ -127,12 +127,16 @@ class Search:
         self.optimize(recipe.rate)
         if goal.penalties is None: self.price = recipe.price * self.typical_gradient()
 
-    def optimize(self, rate):
+    def optimize(self,
+        rate,  # of Adam, in units of log alpha
+    ):
         "Begin with a new optimiser"
         self.optimizer = torch.optim.Adam(self.log_alpha.values(), lr=rate, betas=(0.9, 0.98), eps=1e-12)
 
-# %% ../nbs/10_training.ipynb #9d7c5bf5
-def draw(self, n):
+# %% ../nbs/10_training.ipynb #77e82c76
+def draw(self,
+    n,  # examples, each with gates of its own
+):
     "Gates for n examples: noisy samples while exploring, 0 or 1 with a straight-through gradient while settling"
     if not self.binary: return {l: self.gate.sample(a, n, generator=self.noise) for l, a in self.log_alpha.items()}
     return {l: is_open(a).float() + (a - a.detach()) for l, a in self.log_alpha.items()}
@@ -194,7 +198,7 @@ def settle(self):
 
 Search.step, Search.typical_gradient, Search.settle = step, typical_gradient, settle
 
-# %% ../nbs/10_training.ipynb #413424b4
+# %% ../nbs/10_training.ipynb #0da33251
 def kept(self):
     "The nodes that would be kept now, closed: level -> boolean tensor"
     return close({l: is_open(a.detach()).cpu() for l, a in self.log_alpha.items()}, self.sites)
@@ -204,14 +208,16 @@ def share(self):
     k = self.kept()
     return sum(k[l].sum().item() for l in ("attention_neuron", "mlp_neuron")) / sum(k[l].numel() for l in ("attention_neuron", "mlp_neuron"))
 
-def watch(self, examples):
+def watch(self,
+    examples,  # Examples to measure on
+):
     "KL of the gates without noise"
     with torch.no_grad(): masks = site_masks({l: self.gate.mode(a) for l, a in self.log_alpha.items()}, self.sites)
     return kl_divergence(examples.full, all_masked_logits(self.model, examples, masks)).mean().item()
 
 Search.kept, Search.share, Search.watch = kept, share, watch
 
-# %% ../nbs/10_training.ipynb #00491644
+# %% ../nbs/10_training.ipynb #54404ef8
 def run(
     search,         # Search
     watched,        # Examples that the search does not train on
@@ -236,7 +242,12 @@ def run(
                 search.settle(); switched = step
     return history
 
-def note(history, search, step, bar):
+def note(
+    history,  # name -> list, which gets one entry more
+    search,   # Search
+    step,     # number of the step
+    bar,      # progress bar
+):
     "Add a line to the history and to the progress bar"
     counts = {l: int(k.sum()) for l, k in search.kept().items()}
     for name, value in dict(step=step, kl=search.kl, price=search.price, binary=search.binary, **counts).items():
@@ -245,7 +256,7 @@ def note(history, search, step, bar):
     asked = f"kl<={goal.kl}" if goal.kl else f"keep={goal.keep}" if goal.keep else "penalties"
     bar.set_postfix_str(f"{asked} KL {search.kl:.3f} heads {counts['head']} neurons {counts['attention_neuron']}+{counts['mlp_neuron']}")
 
-# %% ../nbs/10_training.ipynb #b417855e
+# %% ../nbs/10_training.ipynb #6104011d
 def discover(
     model,                  # a Hugging Face causal language model, such as load_model returns
     task,                   # Task
@@ -275,11 +286,17 @@ def discover(
         model=getattr(model, "loaded_as", None) or getattr(model, "name_or_path", ""), fingerprint=fingerprint(model),
         task=task.name, corruption=task.corruption, task_seed=task.seed, seed=seed, settings=settings, versions=versions(),
         metrics=evaluate(model, circuit, test), seconds=time.perf_counter() - began, peak_mb=peak_mb(model), history=history)
-    check_circuit(circuit, goal, history)
+    check_circuit(circuit, goal)
     return circuit
 
-# %% ../nbs/10_training.ipynb #38cb3db4
-def cut(model, scores, sites, examples, goal):
+# %% ../nbs/10_training.ipynb #41c48d7d
+def cut(
+    model,     # a Hugging Face causal language model
+    scores,    # level -> running average of log alpha
+    sites,     # from find_sites
+    examples,  # Examples that the search did not train on
+    goal,      # Goal
+):
     "The threshold that holds the goal on pairs that the search did not train on"
     if goal.kl: return cut_by_kl(model, scores, sites, examples, goal.kl, errors=1., guess=0.)
     return cut_by_size(scores, sites, goal.keep) if goal.keep else 0.
@@ -289,13 +306,19 @@ def versions():
     from mgprune import __version__
     return dict(mgprune=__version__, torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version())
 
-def peak_mb(model):
+def peak_mb(
+    model,  # a Hugging Face causal language model
+):
     "Most memory that this process has held, in megabytes: of the accelerator if the model is on one"
     if model.device.type == "cuda": return torch.cuda.max_memory_allocated(model.device) / 2 ** 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
-# %% ../nbs/10_training.ipynb #4fcf0769
-def check_task(task, examples, goal):
+# %% ../nbs/10_training.ipynb #1f68aa81
+def check_task(
+    task,      # Task
+    examples,  # Examples of its test pairs
+    goal,      # Goal
+):
     "Print how well the full model does, and warn where a search cannot tell much"
     accuracy = is_right(examples.full, examples.batch).float().mean().item()
     closed = kl_divergence(examples.full, examples.closed).mean().item()
@@ -305,7 +328,10 @@ def check_task(task, examples, goal):
     if closed < 1e-3 or (goal.kl and closed <= goal.kl): warnings.warn(
         f"the corruption changes (almost) nothing: the empty circuit has KL {closed:.3g}. Choose a corruption that changes the answer, or a smaller kl")
 
-def check_circuit(circuit, goal, history):
+def check_circuit(
+    circuit,  # Circuit with its provenance
+    goal,     # Goal
+):
     "Warn about a search that did not end in a usable circuit"
     counts, kl = circuit.counts(), circuit.provenance["metrics"]["kl"]
     neurons = [counts[l] for l in ("attention_neuron", "mlp_neuron")]

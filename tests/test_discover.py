@@ -1,0 +1,115 @@
+"""Searches that must fail clearly, and a model that must leave as it came."""
+import dataclasses
+import json
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from mgprune import Circuit, discover, evaluate, load_model, tasks
+from mgprune.models import InputError, fingerprint
+from mgprune.training import Recipe, Search
+
+QUICK = Recipe(steps=20, explore=10, warm_up=2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model()
+
+
+@pytest.fixture(scope="module")
+def task(model):
+    return tasks.ioi(model, n=(48, 16, 16))
+
+
+@pytest.fixture(scope="module")
+def circuit(model, task):
+    with pytest.warns(UserWarning): return discover(model, task, kl=.1, recipe=QUICK, progress=False)
+
+
+def state(model):
+    return ([p.requires_grad for p in model.parameters()], [m.training for m in model.modules()],
+            [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()], [p.grad for p in model.parameters()], fingerprint(model))
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_model_leaves_as_it_came(task, monkeypatch, error):
+    model = load_model().train()
+    model.transformer.wte.weight.requires_grad_(False)
+    before = state(model)
+    if error is None:
+        discover(model, task, keep=.1, recipe=QUICK, progress=False)
+    else:
+        step, calls = Search.step, []
+        def fails(self):
+            calls.append(1)
+            if len(calls) > 3: raise error
+            step(self)
+        monkeypatch.setattr(Search, "step", fails)
+        with pytest.raises(error): discover(model, task, recipe=QUICK, progress=False)
+    assert state(model) == before
+
+
+def test_same_seed_same_circuit(model, task):
+    first, second, other = (discover(model, task, keep=.1, seed=s, recipe=QUICK, progress=False) for s in (0, 0, 1))
+    assert first == second and all(torch.equal(first.scores[l], second.scores[l]) for l in first.scores)
+    assert any(not torch.equal(first.scores[l], other.scores[l]) for l in first.scores)
+
+
+@pytest.mark.parametrize("levels", [("head",), ("head", "mlp"), ("mlp_neuron",), ("attention", "head", "mlp", "attention_neuron", "mlp_neuron", "mlp_output")])
+def test_levels_are_selectable(model, task, levels):
+    circuit = discover(model, task, penalties=dict.fromkeys(levels, .01), levels=levels, recipe=QUICK, progress=False)
+    assert set(circuit.scores) == set(levels) and {"block", "head", "mlp", "attention_neuron", "mlp_neuron"} <= set(circuit.counts())
+    assert abs(evaluate(model, circuit, task)["kl"] - circuit.provenance["metrics"]["kl"]) < 1e-6
+
+
+@pytest.mark.parametrize("wrong, says", [(dict(kl=-1), "above 0"), (dict(keep=2), "at most 1"), (dict(kl=.1, keep=.1), "exactly one"),
+                                         (dict(levels=["neuron"]), "expected one or more"), (dict(levels=[]), "expected one or more"),
+                                         (dict(penalties={"head": -1}), "0 or more")])
+def test_wrong_arguments(model, task, wrong, says):
+    with pytest.raises(InputError, match=says): discover(model, task, progress=False, **wrong)
+
+
+def test_nan_is_refused(task):
+    broken = load_model()
+    with torch.no_grad(): broken.transformer.h[1].mlp.c_proj.bias.fill_(float("nan"))
+    with pytest.raises(InputError, match="not finite"): discover(broken, task, recipe=QUICK, progress=False)
+
+
+def test_unknown_architecture(task):
+    class Other(torch.nn.Module): pass
+    with pytest.raises(InputError, match="no sites are known"): discover(Other(), task)
+
+
+def test_a_model_that_cannot_do_the_task(task):
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=64, vocab_size=len(task.tokenizer), bos_token_id=0, eos_token_id=0)
+    with pytest.warns(UserWarning) as seen: discover(load_model(GPT2LMHeadModel(config), task.tokenizer), task, recipe=QUICK, progress=False)
+    said = " ".join(str(w.message) for w in seen)
+    assert "right on only" in said and "the corruption changes (almost) nothing" in said
+
+
+def test_all_closed_and_all_open(model, task):
+    with pytest.warns(UserWarning, match="all gates are closed"):
+        discover(model, task, penalties=dict.fromkeys(("block", "head", "mlp"), 1e6), recipe=dataclasses.replace(QUICK, steps=60, explore=60, rate=.5), progress=False)
+    with pytest.warns(UserWarning, match="all gates are open"): discover(model, task, penalties={}, recipe=QUICK, progress=False)
+
+
+def test_circuit_of_another_model(model, task, circuit, tmp_path):
+    path = circuit.save(tmp_path / "ioi.json")
+    other = load_model()
+    with torch.no_grad(): other.transformer.h[0].mlp.c_fc.bias[0] += 1
+    with pytest.raises(InputError, match="fingerprint"): Circuit.load(path, other)
+    with pytest.raises(InputError, match="fingerprint"): evaluate(other, circuit, task)
+    assert Circuit.load(path, model) == circuit
+
+
+def test_damaged_files(circuit, tmp_path):
+    path = circuit.save(tmp_path / "ioi.json")
+    text, arrays = path.read_text(), path.with_suffix(".safetensors").read_bytes()
+    edited = json.loads(text); edited["counts"]["head"] = [1, 16]
+    for t, a in ((text[:-40], arrays), (json.dumps(edited), arrays), (text, arrays[:-1]), ("{}", arrays), (text, b"")):
+        path.write_text(t); path.with_suffix(".safetensors").write_bytes(a)
+        with pytest.raises(InputError): Circuit.load(path)
+    with pytest.raises(InputError, match="cannot read"): Circuit.load(tmp_path / "missing.json")

@@ -1,0 +1,119 @@
+"Models with a planted circuit: what is planted is there, is enough, and is needed"
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GPT2LMHeadModel
+
+from mgprune import planted, tasks
+from mgprune.circuit import from_kept
+from mgprune.evaluation import evaluate
+from mgprune.models import InputError, load_model
+from mgprune.planted import auroc, build, overlap, plant, score
+from mgprune.sites import find_sites
+from mgprune.streams import prepare
+
+TASKS = ("ioi", "greater_than", "gendered_pronoun")
+by_task = pytest.mark.parametrize("task", TASKS)
+
+
+@pytest.fixture(scope="module")
+def p(): return plant(seed=3)
+
+
+@pytest.fixture(scope="module")
+def given_pairs(p): return {task: prepare(p.model, tasks.load(p.model, task).batch("test")[:128]) for task in TASKS}
+
+
+def kl_of(p, kept, examples): return evaluate(p.model, from_kept(kept, find_sites(p.model)), examples)["kl"]
+
+
+def test_it_is_a_plain_gpt2_and_survives_the_disk(p, tmp_path):
+    assert type(p.model) is GPT2LMHeadModel and not p.model.training
+    p.model.save_pretrained(tmp_path)
+    p.model.tokenizer.save_pretrained(tmp_path)
+    again = load_model(tmp_path)
+    assert again.state_dict().keys() == p.model.state_dict().keys()
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in p.model.state_dict().items())
+    assert again.tokenizer.get_vocab() == p.model.tokenizer.get_vocab()
+    assert tasks.ioi(again, n=(4, 4, 4)) == tasks.ioi(p.model, n=(4, 4, 4))
+
+
+def test_the_same_seed_builds_the_same_and_another_seed_another(p):
+    model, nodes = build(3, .01)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), p.model.parameters()))
+    assert all(torch.equal(kept, p.nodes[task][level]) for task in TASKS for level, kept in nodes[task].items())
+    heads = {tuple(map(tuple, build(seed, .01)[1]["ioi"]["head"].nonzero().tolist())) for seed in range(4)}
+    assert len(heads) == 4
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_information_flows_upwards_and_nothing_is_shared(seed):
+    heads, neurons = planted.places(planted.random.Random(seed))
+    layer = {task: places[0][0] for task, places in neurons.items()}
+    assert heads["gather"][0] < min(heads["first"][0], heads["second"][0])
+    assert max(heads["first"][0], heads["second"][0]) <= layer["ioi"]
+    assert heads["year"][0] <= layer["greater_than"] and heads["gender"][0] <= layer["gendered_pronoun"]
+    assert len({*heads.values()}) == 5
+    places = [place for group in neurons.values() for place in group]
+    assert len({*places}) == len(places) == 14 + 24 + 2
+
+
+@by_task
+def test_the_model_does_the_task_and_the_truth_is_enough(p, given_pairs, task):
+    m = evaluate(p.model, from_kept(p.truth[task], find_sites(p.model)), given_pairs[task])
+    assert m["full_accuracy"] >= .99 and abs(m["faithfulness"] - 1) < .02 and m["kl"] <= .01
+    assert m["closed_kl"] > 5
+
+
+@by_task
+def test_each_true_head_is_needed(p, given_pairs, task):
+    for place in p.truth[task]["head"].nonzero().tolist():
+        kept = torch.ones_like(p.truth[task]["head"])
+        kept[tuple(place)] = False
+        assert kl_of(p, {"head": kept}, given_pairs[task]) > 1
+
+
+@by_task
+def test_leaving_out_any_kind_of_true_neuron_hurts(p, given_pairs, task):
+    for level in ("attention_neuron", "mlp_neuron"):
+        for place in p.truth[task][level].nonzero()[::8].tolist():
+            kept = p.truth[task][level].clone()
+            kept[tuple(place)] = False
+            assert kl_of(p, {**p.truth[task], level: kept}, given_pairs[task][:64]) > .1
+
+
+def test_the_truth_of_one_task_does_nothing_for_another(p, given_pairs):
+    assert kl_of(p, p.truth["ioi"], given_pairs["gendered_pronoun"]) > 5
+
+
+def test_too_much_leak_is_refused():
+    with pytest.raises(InputError, match=r"leak=0\.15 is too large: in \w+, .*Use a smaller leak, such as 0\.01"): plant(leak=.15)
+    for wrong in (-.1, math.nan, math.inf):
+        with pytest.raises(InputError, match="expected a number from 0"): plant(leak=wrong)
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=30))
+@settings(deadline=None)
+def test_auroc_counts_pairs(rows):
+    scores, true = torch.tensor([s for s, _ in rows]), torch.tensor([t for _, t in rows])
+    pairs = [(a > b) + (a == b) / 2 for a in scores[true].tolist() for b in scores[~true].tolist()]
+    if pairs: assert auroc(scores, true) == pytest.approx(sum(pairs) / len(pairs))
+    else: assert math.isnan(auroc(scores, true))
+
+
+def test_overlap_of_nothing():
+    none = torch.zeros(4, dtype=torch.bool)
+    assert overlap(none, ~none) == overlap(~none, none) == overlap(none, none) == dict(precision=0, recall=0, f1=0)
+
+
+def test_score_of_a_circuit_and_of_a_ranking(p):
+    truth, sites = p.truth["ioi"], find_sites(p.model)
+    exact = score(from_kept(truth, sites, scores={level: kept.float() for level, kept in truth.items()}), truth)
+    assert all(m == dict(precision=1, recall=1, f1=1, auroc=1) for m in exact.values()) and len(exact) == 3
+    only_neurons = {level: truth[level].float() for level in ("attention_neuron", "mlp_neuron")}
+    assert score(only_neurons, truth) == {level: dict(auroc=1) for level in truth}
+    everything = score(from_kept({}, sites), truth)["head"]
+    assert everything["recall"] == 1 and everything["precision"] == 3 / 32
