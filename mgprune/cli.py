@@ -202,7 +202,7 @@ def built_in(
     "Whether it is a task that comes with the package"
     return name.replace("-", "_") in BUILT_IN
 
-# %% ../nbs/15_cli.ipynb #505442dc
+# %% ../nbs/15_cli.ipynb #e114040b
 def origin_of(
     circuit,  # Circuit
     task,     # name or file given on the command line, or None
@@ -216,7 +216,8 @@ def origin_of(
         f"the pairs of this circuit were read from {name!r}, which is not there: name their new place with --task FILE")
     same = built_in(name) and name.replace("-", "_") == p.get("task")
     seed = {"seed": p["task_seed"]} if (same or not built_in(name)) and "task_seed" in p else {}
-    return name, seed | ({"corruption": p["corruption"]} if same else {})
+    sizes = {"n": tuple(p["pairs"])} if same and built_in(name) and "pairs" in p else {}
+    return name, seed | sizes | ({"corruption": p["corruption"]} if same else {})
 
 def check_pairs(
     circuit,  # Circuit

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['NAMES', 'ROWS', 'COLUMNS', 'CODE', 'THRESHOLDS', 'TOKENIZER_SETTINGS', 'LAYERS', 'HEADS', 'HEAD_WIDTH', 'MLP_WIDTH',
            'WIDTH', 'PARTS', 'AT', 'CONSTANT', 'GAIN', 'SHAPES', 'SPREAD', 'WRITES', 'SURE', 'PART', 'UNLIKELY',
-           'CERTAIN', 'SLOPE', 'LEVEL', 'CHANGED', 'ACCURATE', 'FAITHFUL', 'CLOSE', 'planted_tokenizer', 'basis',
-           'noise', 'junk', 'ids', 'name_codes', 'plant_words', 'look_for', 'carry', 'look_for_rare', 'fire_on',
-           'places', 'plant_circuits', 'as_masks', 'gpt2', 'build', 'closed_alone', 'differing', 'effects',
-           'true_nodes', 'Planted', 'check', 'plant', 'auroc', 'overlap', 'score']
+           'CERTAIN', 'SLOPE', 'CHANGED', 'ACCURATE', 'FAITHFUL', 'CLOSE', 'planted_tokenizer', 'basis', 'noise',
+           'junk', 'ids', 'name_codes', 'plant_words', 'look_for', 'carry', 'look_for_rare', 'fire_on', 'places',
+           'plant_circuits', 'as_masks', 'gpt2', 'build', 'closed_alone', 'differing', 'effects', 'true_nodes',
+           'Planted', 'check', 'plant', 'auroc', 'overlap', 'score']
 
 # %% ../nbs/14_planted.ipynb #cd19ecfa
 import json, math, random
@@ -28,11 +28,11 @@ from .objective import kl_divergence
 from .sites import find_sites
 from .streams import Examples, masked_logits, prepare, record
 
-# %% ../nbs/14_planted.ipynb #bb1e40d4
+# %% ../nbs/14_planted.ipynb #dbd69231
 NAMES = {gender: words[:24] for gender, words in (("female", tasks.FEMALE), ("male", tasks.MALE))}
 ROWS, COLUMNS = 6, 8                 # parts of a name's code
 CODE = ROWS + COLUMNS
-THRESHOLDS = tuple(range(3, 99, 4))  # start years at which the answer moves on
+THRESHOLDS = tuple(range(3, 99, 8))  # start years at which the answer moves on
 
 def planted_tokenizer():
     "The embedded model's tokenizer without the names that are not planted"
@@ -186,8 +186,8 @@ def look_for_rare(
     w["query"][place][AT["constant"], -1] = bonus / CONSTANT
     w["key"][place][AT["is_name"], -1] = bonus * math.sqrt(HEAD_WIDTH)
 
-# %% ../nbs/14_planted.ipynb #91c29458
-SLOPE, LEVEL = 10., 0.2  # how sharply neurons switch, and the value of their coordinate at which they do
+# %% ../nbs/14_planted.ipynb #919ed28f
+SLOPE = 10.  # value of a neuron that fires
 
 def fire_on(
     w,            # weights by name, changed in place
@@ -200,8 +200,8 @@ def fire_on(
     "Let a neuron fire on a coordinate and write"
     for name in ("read", "write"): w[name][place] = 0
     w["read"][place][coordinate], w["read"][place][AT[asks]] = sign * SLOPE, SLOPE
-    w["read"][place][AT["constant"]] = -(1 + LEVEL) * SLOPE / CONSTANT
-    for target, value in writes.items(): w["write"][place][target] = value / (SLOPE * (1 - LEVEL))
+    w["read"][place][AT["constant"]] = -SLOPE / CONSTANT
+    for target, value in writes.items(): w["write"][place][target] = value / SLOPE
 
 # %% ../nbs/14_planted.ipynb #8c4af5ab
 def places(

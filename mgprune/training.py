@@ -256,7 +256,7 @@ def note(
     asked = f"kl<={goal.kl}" if goal.kl else f"keep={goal.keep}" if goal.keep else "penalties"
     bar.set_postfix_str(f"{asked} KL {search.kl:.3f} heads {counts['head']} neurons {counts['attention_neuron']}+{counts['mlp_neuron']}")
 
-# %% ../nbs/10_training.ipynb #6104011d
+# %% ../nbs/10_training.ipynb #95f5f695
 def discover(
     model,                  # a Hugging Face causal language model, such as load_model returns
     task,                   # Task
@@ -284,7 +284,8 @@ def discover(
     settings = dict(asdict(goal), levels=levels, threshold=threshold, recipe=asdict(recipe), gate=asdict(gate))
     circuit.provenance.update(
         model=getattr(model, "loaded_as", None) or getattr(model, "name_or_path", ""), fingerprint=fingerprint(model),
-        task=task.name, corruption=task.corruption, task_seed=task.seed, seed=seed, settings=settings, versions=versions(),
+        task=task.name, corruption=task.corruption, task_seed=task.seed, pairs=[len(x.batch) for x in (train, valid, test)],
+        seed=seed, settings=settings, versions=versions(),
         metrics=evaluate(model, circuit, test), seconds=time.perf_counter() - began, peak_mb=peak_mb(model), history=history)
     check_circuit(circuit, goal)
     return circuit
@@ -313,7 +314,7 @@ def peak_mb(
     if model.device.type == "cuda": return torch.cuda.max_memory_allocated(model.device) / 2 ** 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
-# %% ../nbs/10_training.ipynb #1f68aa81
+# %% ../nbs/10_training.ipynb #3c96a231
 def check_task(
     task,      # Task
     examples,  # Examples of its test pairs
@@ -322,7 +323,7 @@ def check_task(
     "Print how well the full model does, and warn where a search cannot tell much"
     accuracy = is_right(examples.full, examples.batch).float().mean().item()
     closed = kl_divergence(examples.full, examples.closed).mean().item()
-    print(f"{task.name}: the full model is right on {accuracy:.1%} of {len(examples)} held-out pairs; corrupted prompts have KL {closed:.3g}")
+    print(f"{task.name}: the full model is right on {accuracy:.1%} of {len(examples)} held-out pairs; corrupted prompts have KL {closed:.3g}", flush=True)
     if accuracy < 0.7: warnings.warn(
         f"the model is right on only {accuracy:.0%} of the pairs: a circuit would explain its mistakes. Choose pairs that it can do")
     if closed < 1e-3 or (goal.kl and closed <= goal.kl): warnings.warn(

@@ -58,7 +58,7 @@ def test_information_flows_upwards_and_nothing_is_shared(seed):
     assert heads["year"][0] <= layer["greater_than"] and heads["gender"][0] <= layer["gendered_pronoun"]
     assert len({*heads.values()}) == 5
     places = [place for group in neurons.values() for place in group]
-    assert len({*places}) == len(places) == 14 + 24 + 2
+    assert len({*places}) == len(places) == 14 + 12 + 2
 
 
 @by_task
