@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Goal', 'Recipe', 'expected_size', 'pulls', 'next_price', 'Search', 'draw', 'divergence', 'chances', 'step',
-           'typical_gradient', 'settle', 'kept', 'share', 'watch', 'run', 'note', 'discover', 'cut', 'versions',
-           'peak_mb', 'check_task', 'check_circuit']
+           'typical_gradient', 'settle', 'kept', 'share', 'watch', 'run', 'note', 'discover', 'cut', 'n_neurons',
+           'versions', 'peak_mb', 'check_task', 'check_circuit']
 
 # %% ../nbs/10_training.ipynb #75ecb752
 import math, platform, resource, sys, time, warnings
@@ -104,7 +104,7 @@ def next_price(
     error = max(-1., min(1., 2 * (1 - measured / target)))
     return price * math.exp(rate * (error if goal.kl else -error))
 
-# %% ../nbs/10_training.ipynb #4ed21630
+# %% ../nbs/10_training.ipynb #2aa80a8e
 class Search:
     "Trains the gates of one model on one task's examples"
     def __init__(self,
@@ -123,7 +123,8 @@ class Search:
         start = {l: recipe.neuron_start if "_" in l else recipe.group_start for l in levels}
         self.log_alpha = {l: torch.full(s, start[l], device=self.device, requires_grad=True)
                           for l, s in level_shapes(self.sites, levels).items()}
-        self.price, self.kl, self.scores = 0., float("nan"), {}  # scores: a running average of log alpha
+        self.price, self.kl = 0., float("nan")
+        self.scores, self.explored = {}, {}  # running average of log alpha; log alpha when exploring last held the goal
         self.optimize(recipe.rate)
         if goal.penalties is None: self.price = recipe.price * self.typical_gradient()
 
@@ -217,7 +218,7 @@ def watch(self,
 
 Search.kept, Search.share, Search.watch = kept, share, watch
 
-# %% ../nbs/10_training.ipynb #54404ef8
+# %% ../nbs/10_training.ipynb #d6f821bb
 def run(
     search,         # Search
     watched,        # Examples that the search does not train on
@@ -237,6 +238,7 @@ def run(
                 measured = search.watch(watched) if goal.kl else search.share()
                 search.price = next_price(search.price, measured, target, goal, r.price_rate * r.every)
                 reached = measured > goal.kl if goal.kl else measured < goal.keep
+                if not reached: search.explored = {l: a.detach().clone() for l, a in search.log_alpha.items()}
             note(history, search, step, bar)
             if not search.binary and goal.penalties is None and (reached or step >= r.explore):
                 search.settle(); switched = step
@@ -256,7 +258,7 @@ def note(
     asked = f"kl<={goal.kl}" if goal.kl else f"keep={goal.keep}" if goal.keep else "penalties"
     bar.set_postfix_str(f"{asked} KL {search.kl:.3f} heads {counts['head']} neurons {counts['attention_neuron']}+{counts['mlp_neuron']}")
 
-# %% ../nbs/10_training.ipynb #95f5f695
+# %% ../nbs/10_training.ipynb #8a2fac10
 def discover(
     model,                  # a Hugging Face causal language model, such as load_model returns
     task,                   # Task
@@ -278,9 +280,9 @@ def discover(
     with frozen(model):
         search = Search(model, train, goal, levels, recipe, gate, seed)
         history = run(search, valid[:recipe.watched], progress)
-        scores = {l: a.cpu() for l, a in search.scores.items()}
-        threshold = cut(model, scores, sites, valid, goal)
-    circuit = from_scores(scores, sites, threshold)
+        ends = [{l: a.cpu() for l, a in end.items()} for end in ((search.scores, search.explored) if goal.kl else (search.scores,)) if end]
+        cuts = [(scores, cut(model, scores, sites, valid, goal)) for scores in ends]
+    circuit, threshold = min(((from_scores(scores, sites, t), t) for scores, t in cuts), key=lambda found: n_neurons(found[0]))
     settings = dict(asdict(goal), levels=levels, threshold=threshold, recipe=asdict(recipe), gate=asdict(gate))
     circuit.provenance.update(
         model=getattr(model, "loaded_as", None) or getattr(model, "name_or_path", ""), fingerprint=fingerprint(model),
@@ -290,7 +292,7 @@ def discover(
     check_circuit(circuit, goal)
     return circuit
 
-# %% ../nbs/10_training.ipynb #41c48d7d
+# %% ../nbs/10_training.ipynb #f1cad0d1
 def cut(
     model,     # a Hugging Face causal language model
     scores,    # level -> running average of log alpha
@@ -301,6 +303,12 @@ def cut(
     "The threshold that holds the goal on pairs that the search did not train on"
     if goal.kl: return cut_by_kl(model, scores, sites, examples, goal.kl, errors=1., guess=0.)
     return cut_by_size(scores, sites, goal.keep) if goal.keep else 0.
+
+def n_neurons(
+    circuit,  # Circuit
+):
+    "Number of its neurons, attention and MLP together"
+    return sum(circuit.counts()[l][0] for l in ("attention_neuron", "mlp_neuron"))
 
 def versions():
     "What the search ran with: name -> version"
