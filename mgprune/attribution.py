@@ -14,17 +14,17 @@ from .objective import kl_divergence, logit_difference
 from .sites import find_sites
 from .streams import Examples, masked_logits, prepare
 
-# %% ../nbs/11_attribution.ipynb #51cf6e6b
+# %% ../nbs/11_attribution.ipynb #0005e4f1
 def attribute(
     model,            # a Hugging Face causal language model
-    task,             # Task; its training pairs are taken. Or Examples from prepare
+    task,             # Task; its first 512 training pairs are taken. Or Examples from prepare
     at=(1.,),         # points on the path from the corrupted stream (0) to the clean one (1) to average over
     measure="logit_difference",  # what a neuron is worth: "logit_difference", or "kl" for less divergence
     batch_size=32,    # examples per forward and backward pass
 ):
     "Average gradient of the measure with respect to each neuron's mask: level -> scores, higher is more important"
     sites = find_sites(model)
-    examples = task if isinstance(task, Examples) else prepare(model, task.batch("train"))
+    examples = task if isinstance(task, Examples) else prepare(model, task.batch("train")[:512])
     worth = dict(logit_difference=lambda z, e: logit_difference(z, e.batch), kl=lambda z, e: -kl_divergence(e.full, z))[measure]
     widths = sites.n_heads * sites.head_width, sites.mlp_width
     total = [torch.zeros(sites.n_layers, w, device=model.device) for w in widths]

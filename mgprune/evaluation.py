@@ -59,7 +59,7 @@ def cuts(
     ranked = lowest({l: s for l, s in scores.items() if l != "mlp_output"}, sites).values()
     return torch.cat([s.flatten() for s in ranked]).sort(descending=True).values
 
-# %% ../nbs/09_evaluation.ipynb #106faa17
+# %% ../nbs/09_evaluation.ipynb #3950b9c2
 def cut_by_size(
     scores,  # level -> tensor [layers, ...]
     sites,   # from find_sites
@@ -86,7 +86,7 @@ def cut_by_kl(
     n, factor = (most // 8, 2.) if guess is None else (int((ranked > guess).sum()), 1.1)
     for _ in range(tries):
         n = max(few + 1, min(n, (enough or most) - 1))
-        if n >= (enough or most): break
+        if n >= (enough or most) or (few and enough and enough - few <= 0.005 * enough): break
         masks = on_device(from_scores(scores, sites, ranked[n].item()).masks(), model)
         each = kl_divergence(examples.full, all_masked_logits(model, examples, masks))
         holds = each.mean() + errors * each.std() / len(each) ** 0.5 <= kl

@@ -225,8 +225,8 @@ def _build(name, draw, corruption, allowed, model, n, seed, **more):
     parts = pairs[:n[0]], pairs[n[0]:n[0] + n[1]], pairs[n[0] + n[1]:]
     return Task(name, corruption, seed, *parts, tokenizer_of(model))
 
-# %% ../nbs/06_tasks.ipynb #216b1739
-SIZES = (512, 256, 256)
+# %% ../nbs/06_tasks.ipynb #399f28ba
+SIZES = (2048, 256, 256)
 
 def _draw_gift(pool, rng):
     first, second = rng.sample(pool["names"], 2)

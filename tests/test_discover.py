@@ -10,7 +10,7 @@ from mgprune import Circuit, discover, evaluate, load_model, tasks
 from mgprune.models import InputError, fingerprint
 from mgprune.training import Recipe, Search
 
-QUICK = Recipe(steps=20, explore=10, warm_up=2)
+QUICK = Recipe(steps=20, settle=10)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_a_model_that_cannot_do_the_task(task):
 
 def test_all_closed_and_all_open(model, task):
     with pytest.warns(UserWarning, match="all gates are closed"):
-        discover(model, task, penalties=dict.fromkeys(("block", "head", "mlp"), 1e6), recipe=dataclasses.replace(QUICK, steps=60, explore=60, rate=.5), progress=False)
+        discover(model, task, penalties=dict.fromkeys(("block", "head", "mlp"), 1e6), recipe=dataclasses.replace(QUICK, steps=60, rate=.5), progress=False)
     with pytest.warns(UserWarning, match="all gates are open"): discover(model, task, penalties={}, recipe=QUICK, progress=False)
 
 
