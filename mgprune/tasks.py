@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'FEMALE', 'MALE', 'NEUTRAL', 'PLACES', 'THINGS', 'EVENTS', 'TRAITS', 'ROLES', 'IOI_TEMPLATES',
-           'YEAR_TEMPLATES', 'PRONOUN_TEMPLATES', 'SIZES', 'FIELDS', 'BUILT_IN', 'Pair', 'answer_id', 'encode', 'Task',
-           'word_pool', 'ioi', 'greater_than', 'gendered_pronoun', 'read_pairs', 'from_pairs', 'load']
+           'YEAR_TEMPLATES', 'PRONOUN_TEMPLATES', 'SIZES', 'LEAST', 'FIELDS', 'BUILT_IN', 'Pair', 'answer_id', 'encode',
+           'Task', 'word_pool', 'ioi', 'greater_than', 'gendered_pronoun', 'read_pairs', 'from_pairs', 'load']
 
 # %% ../nbs/06_tasks.ipynb #d5dc533f
 import csv, json, random, warnings
@@ -203,30 +203,32 @@ def word_pool(
                              "use tasks.from_pairs with prompts of your own")
     return dict(pool, names=pool["female"] + pool["male"])
 
-# %% ../nbs/06_tasks.ipynb #b9b08651
-def _draw_pairs(draw, change, pool, seed, count):
+# %% ../nbs/06_tasks.ipynb #14b9edab
+def _draw_pairs(draw, change, pool, seed, count, least):
     rng, pairs = random.Random(seed), {}
-    for _ in range(200 * count):
+    for _ in range(50 * count):
         if len(pairs) == count: break
         template, slots, answer, wrong, key = draw(pool, rng)
         pair = Pair(template.format(**slots), template.format(**change(slots, pool, rng)), answer, wrong)
         if pair.clean != pair.corrupt: pairs.setdefault(key, pair)
-    if len(pairs) < count: raise InputError(
-        f"only {len(pairs)} different prompts found, {count} asked for: ask for fewer with n=(train, valid, test)")
+    if len(pairs) < least: raise InputError(
+        f"only {len(pairs)} different prompts found, {least} asked for: ask for fewer with n=(train, valid, test)")
     return tuple(pairs.values())
 
-# %% ../nbs/06_tasks.ipynb #7f5b2801
+# %% ../nbs/06_tasks.ipynb #ae8cbdd9
 def _build(name, draw, corruption, allowed, model, n, seed, **more):
     change = corruption_named(corruption, allowed)
-    sizes = n if isinstance(n, (tuple, list)) else ()
+    sizes = SIZES if n is None else n if isinstance(n, (tuple, list)) else ()
     if len(sizes) != len(SPLITS) or any(not isinstance(size, int) or size < 1 for size in sizes): raise InputError(
         f"n={n!r}: expected three sizes of at least 1, for {', '.join(SPLITS)}")
-    pairs = _draw_pairs(draw, change, {**word_pool(model), **more}, seed, sum(n))
-    parts = pairs[:n[0]], pairs[n[0]:n[0] + n[1]], pairs[n[0] + n[1]:]
+    least = sum(sizes) if n is not None else LEAST + sum(sizes[1:])
+    pairs = _draw_pairs(draw, change, {**word_pool(model), **more}, seed, sum(sizes), least)
+    first, second = len(pairs) - sum(sizes[1:]), len(pairs) - sizes[2]
+    parts = pairs[:first], pairs[first:second], pairs[second:]
     return Task(name, corruption, seed, *parts, tokenizer_of(model))
 
-# %% ../nbs/06_tasks.ipynb #399f28ba
-SIZES = (2048, 256, 256)
+# %% ../nbs/06_tasks.ipynb #71cd44ca
+SIZES, LEAST = (2048, 256, 256), 256  # without n: pairs of each part, and the fewest to train with where a model knows few words
 
 def _draw_gift(pool, rng):
     first, second = rng.sample(pool["names"], 2)
@@ -237,7 +239,7 @@ def _draw_gift(pool, rng):
 def ioi(
     model,                         # a model from load_model, or a tokenizer
     corruption="unrelated_names",  # or "swap_subject"
-    n=SIZES,                       # number of pairs to train, choose and test with
+    n=None,                        # number of pairs to train, choose and test with; None: up to 2048, 256, 256
     seed=0,                        # of the draw
 ):
     "Indirect object identification: who receives the gift?"
@@ -267,7 +269,7 @@ def _years(tokenizer, known, change):
                 found.append(dict(slots, stem=texts[0][:known]))
     return found
 
-# %% ../nbs/06_tasks.ipynb #c02c6b21
+# %% ../nbs/06_tasks.ipynb #51d1d090
 def _draw_years(pool, rng):
     slots = dict(rng.choice(pool["years"]), event=rng.choice(pool["events"]))
     start = (slots["century"] + slots["tens"] + slots["units"])[len(slots["stem"]):]
@@ -278,7 +280,7 @@ def _draw_years(pool, rng):
 def greater_than(
     model,                 # a model from load_model, or a tokenizer
     corruption="year_01",  # or "decade_start"
-    n=SIZES,               # number of pairs to train, choose and test with
+    n=None,                # number of pairs to train, choose and test with; None: up to 2048, 256, 256
     seed=0,                # of the draw
 ):
     "Greater than: in which year did it end?"
@@ -289,7 +291,7 @@ def greater_than(
     years = _years(tokenizer, known, corruption_named(corruption, allowed))
     return _build("greater_than", _draw_years, corruption, allowed, model, n, seed, years=years, endings=endings)
 
-# %% ../nbs/06_tasks.ipynb #57ed15f7
+# %% ../nbs/06_tasks.ipynb #e69f43ce
 def _draw_pronoun(pool, rng):
     gender, answer, wrong = rng.choice((("female", " she", " he"), ("male", " he", " she")))
     slots = dict(name=rng.choice(pool[gender]), trait=rng.choice(pool["traits"]), role=rng.choice(pool["roles"]))
@@ -299,7 +301,7 @@ def _draw_pronoun(pool, rng):
 def gendered_pronoun(
     model,                      # a model from load_model, or a tokenizer
     corruption="other_gender",  # or "neutral_word"
-    n=SIZES,                    # number of pairs to train, choose and test with
+    n=None,                     # number of pairs to train, choose and test with; None: up to 2048, 256, 256
     seed=0,                     # of the draw
 ):
     "Gendered pronoun: she or he?"

@@ -117,3 +117,9 @@ def test_score_of_a_circuit_and_of_a_ranking(p):
     assert score(only_neurons, truth) == {level: dict(auroc=1) for level in truth}
     everything = score(from_kept({}, sites), truth)["head"]
     assert everything["recall"] == 1 and everything["precision"] == 3 / 32
+
+
+def test_fewer_training_pairs_where_the_model_knows_few_names(p):
+    task = tasks.ioi(p.model)
+    assert [len(task.valid), len(task.test)] == [256, 256] and 256 <= len(task.train) < 2048
+    with pytest.raises(InputError, match="ask for fewer"): tasks.ioi(p.model, n=(2048, 256, 256))

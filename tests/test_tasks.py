@@ -53,7 +53,7 @@ def test_built_in_task(model, name, corruption):
     task = tasks.load(model, name, corruption=corruption)
     assert [len(part) for part in splits(task)] == [2048, 256, 256]
     prompts = [{p.clean for p in part} for part in splits(task)]
-    assert sum(map(len, prompts)) == len(set.union(*prompts)) == 1024
+    assert sum(map(len, prompts)) == len(set.union(*prompts)) == 2560
     assert all(p.clean != p.corrupt for part in splits(task) for p in part)
     batch = task.batch("test")
     assert isinstance(batch, Batch) and batch.clean.shape == batch.corrupt.shape == batch.attention_mask.shape
