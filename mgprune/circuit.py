@@ -63,7 +63,7 @@ class Circuit:
         metrics = ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in p.get("metrics", {}).items() if isinstance(v, float))
         return "\n".join([head, *rows, *(["  " + metrics] if metrics else [])])
 
-# %% ../nbs/08_circuit.ipynb #389a055b
+# %% ../nbs/08_circuit.ipynb #d25f34f8
 def from_kept(
     kept,           # level -> boolean tensor [layers, ...]; levels left out count as kept
     sites,          # from find_sites
@@ -88,7 +88,7 @@ def lowest(
 TIE = 1e-4  # weight of a neuron's own score among siblings that share the lowest one
 
 def from_scores(
-    scores,           # level -> tensor [layers, ...], such as the trained log alpha
+    scores,           # level -> tensor [layers, ...], such as a search's
     sites,            # from find_sites
     threshold=0.,     # keep the neurons whose lowest score is above it
     provenance=None,  # plain values that say where the scores come from

@@ -74,10 +74,10 @@ class Sigmoid:
         "How far each gate is open"
         return log_alpha.sigmoid()
 
-# %% ../nbs/00_gates.ipynb #f98b75f9
+# %% ../nbs/00_gates.ipynb #c97420c8
 def is_open(
-    log_alpha,                # trained location of each gate, any shape
-    threshold: float = 0.,    # keep the gates above it, in units of log alpha
+    score,                  # log alpha of each gate, or any number that rises with it; any shape
+    threshold: float = 0.,  # keep the gates that score above it
 ):
     "Which gates are kept: a boolean tensor of the same shape"
-    return log_alpha > threshold
+    return score > threshold
