@@ -156,14 +156,14 @@ def circuit_logits(
     "Answer logits of the masked model on the clean prompts, [examples, vocabulary]"
     with interpolated(model, masks, corrupt): return answer_logits(model, batch.clean, batch.attention_mask)
 
-# %% ../nbs/04_streams.ipynb #7780f579
+# %% ../nbs/04_streams.ipynb #c7f39175
 @dataclass(frozen=True, eq=False)
 class Examples(Rows):
     "Pairs with the full model's answer and, where it fits, the recorded corrupted stream"
     batch: Batch         # the pairs
     full: torch.Tensor   # [examples, vocabulary] log-probabilities of the untouched model on the clean prompts
-    closed: torch.Tensor # [examples, vocabulary] log-probabilities of the untouched model on the corrupted prompts
-    corrupt: Recording = None  # None: recorded anew whenever it is needed
+    closed: torch.Tensor = None  # [examples, vocabulary] log-probabilities of the untouched model on the corrupted prompts; None: not run
+    corrupt: Recording = None    # None: recorded anew whenever it is needed
 
     def __len__(self): return len(self.batch)
 
@@ -171,7 +171,8 @@ class Examples(Rows):
         f,  # tensor -> tensor
     ):
         "Apply `f` to every tensor"
-        return Examples(self.batch.map(f), f(self.full), f(self.closed), self.corrupt and self.corrupt.map(f))
+        closed = None if self.closed is None else f(self.closed)
+        return Examples(self.batch.map(f), f(self.full), closed, self.corrupt and self.corrupt.map(f))
 
 def recording_bytes(
     model,  # a Hugging Face causal language model
@@ -181,26 +182,28 @@ def recording_bytes(
     sites = find_sites(model)
     return batch.clean.numel() * sites.n_layers * (sites.n_heads * sites.head_width + sites.mlp_width) * model.dtype.itemsize
 
-# %% ../nbs/04_streams.ipynb #8b65be63
+# %% ../nbs/04_streams.ipynb #15444c05
 def prepare(
     model,           # a Hugging Face causal language model
     batch,           # Batch of pairs
     output=False,    # record what the MLPs add to the residual stream too
     memory=2 << 30,  # bytes that the recording may take; above that it is made anew for every batch
+    closed=True,     # answer the corrupted prompts even where no recording is kept
     batch_size=32,   # examples per forward pass
 ):
     "Run the untouched model once on the clean and once on the corrupted prompts"
     batch = batch.to(model.device)
     keep = recording_bytes(model, batch) <= memory
-    full, closed, recordings = [], [], []
+    full, answers, recordings = [], [], []
     with torch.no_grad(), frozen(model):
         for rows in torch.arange(len(batch), device=model.device).split(batch_size):
             part = batch[rows]
             full.append(answer_logits(model, part.clean, part.attention_mask).float().log_softmax(-1))
+            if not (keep or closed): continue
             r = record(model, part.corrupt, part.attention_mask, output)
-            closed.append(r.logits.float().log_softmax(-1))
+            answers.append(r.logits.float().log_softmax(-1))
             if keep: recordings.append(r)
-    return Examples(batch, torch.cat(full), torch.cat(closed), join(recordings) if keep else None)
+    return Examples(batch, torch.cat(full), torch.cat(answers) if answers else None, join(recordings) if keep else None)
 
 # %% ../nbs/04_streams.ipynb #5d0ab845
 def masked_logits(

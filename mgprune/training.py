@@ -231,7 +231,7 @@ def note(
     asked = f"kl<={goal.kl}" if goal.kl else f"keep={goal.keep}" if goal.keep else "penalties"
     bar.set_postfix_str(f"{asked} KL {search.kl:.3f} heads {counts['head']} neurons {counts['attention_neuron']}+{counts['mlp_neuron']}")
 
-# %% ../nbs/10_training.ipynb #36dadb68
+# %% ../nbs/10_training.ipynb #12003a9d
 def discover(
     model,                  # a Hugging Face causal language model, such as load_model returns
     task,                   # Task
@@ -249,9 +249,9 @@ def discover(
     goal = Goal(0.1 if kl is None and keep is None and penalties is None else kl, keep, penalties)
     levels, sites = check_levels(levels), find_sites(model)
     output = "mlp_output" in levels
-    train, valid = (prepare(model, task.batch(s), output) for s in ("train", "valid"))
     test = prepare(model, task.batch("test"), output, memory=0)  # measured once
     check_task(task, test, goal)
+    train, valid = (prepare(model, task.batch(s), output, closed=goal.kl is None) for s in ("train", "valid"))
     with frozen(model):
         search = Search(model, train, goal, levels, recipe, gate, seed)
         history = run(search, valid, progress)
