@@ -69,7 +69,7 @@ def evaluate_options(
     option("--model", metavar="M", help="the model that it belongs to (default: the one it was found on)")
     option("--task", metavar="T", help="measure it on this task's test pairs (default: the task it was found on)")
 
-# %% ../nbs/15_cli.ipynb #59e03d21
+# %% ../nbs/15_cli.ipynb #bee858d7
 def check_writable(
     folder,  # to be written into; made if it is not there
 ):
@@ -91,11 +91,11 @@ def check_outputs(
 def recipe_of(
     steps,  # of the search; None takes the default
 ):
-    "The default recipe, or one with as many steps, divided between its two parts in the same proportion"
+    "The default recipe, or one with as many steps"
     if steps is None: return Recipe()
     least = 4 * Recipe.every
     if steps < least: raise InputError(f"--steps {steps}: expected at least {least}")
-    return Recipe(steps=steps, settle=round(steps * Recipe.settle / Recipe.steps))
+    return Recipe(steps=steps)
 
 # %% ../nbs/15_cli.ipynb #df453875
 def open_model(

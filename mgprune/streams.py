@@ -182,12 +182,12 @@ def recording_bytes(
     sites = find_sites(model)
     return batch.clean.numel() * sites.n_layers * (sites.n_heads * sites.head_width + sites.mlp_width) * model.dtype.itemsize
 
-# %% ../nbs/04_streams.ipynb #15444c05
+# %% ../nbs/04_streams.ipynb #fd0b8983
 def prepare(
     model,           # a Hugging Face causal language model
     batch,           # Batch of pairs
     output=False,    # record what the MLPs add to the residual stream too
-    memory=2 << 30,  # bytes that the recording may take; above that it is made anew for every batch
+    memory=3 << 30,  # bytes that the recording may take; above that it is made anew for every batch
     closed=True,     # answer the corrupted prompts even where no recording is kept
     batch_size=32,   # examples per forward pass
 ):

@@ -215,20 +215,21 @@ def _draw_pairs(draw, change, pool, seed, count, least):
         f"only {len(pairs)} different prompts found, {least} asked for: ask for fewer with n=(train, valid, test)")
     return tuple(pairs.values())
 
-# %% ../nbs/06_tasks.ipynb #ae8cbdd9
+# %% ../nbs/06_tasks.ipynb #1f6e4b2b
 def _build(name, draw, corruption, allowed, model, n, seed, **more):
     change = corruption_named(corruption, allowed)
     sizes = SIZES if n is None else n if isinstance(n, (tuple, list)) else ()
     if len(sizes) != len(SPLITS) or any(not isinstance(size, int) or size < 1 for size in sizes): raise InputError(
         f"n={n!r}: expected three sizes of at least 1, for {', '.join(SPLITS)}")
-    least = sum(sizes) if n is not None else LEAST + sum(sizes[1:])
+    least = sum(sizes) if n is not None else LEAST
     pairs = _draw_pairs(draw, change, {**word_pool(model), **more}, seed, sum(sizes), least)
-    first, second = len(pairs) - sum(sizes[1:]), len(pairs) - sizes[2]
+    valid, test = (len(pairs) * size // sum(sizes) for size in sizes[1:])
+    first, second = len(pairs) - valid - test, len(pairs) - test
     parts = pairs[:first], pairs[first:second], pairs[second:]
     return Task(name, corruption, seed, *parts, tokenizer_of(model))
 
-# %% ../nbs/06_tasks.ipynb #71cd44ca
-SIZES, LEAST = (2048, 256, 256), 256  # without n: pairs of each part, and the fewest to train with where a model knows few words
+# %% ../nbs/06_tasks.ipynb #cc7beef1
+SIZES, LEAST = (2048, 512, 512), 512  # without n: pairs of each part, and the fewest in all where a model knows few words
 
 def _draw_gift(pool, rng):
     first, second = rng.sample(pool["names"], 2)
@@ -239,7 +240,7 @@ def _draw_gift(pool, rng):
 def ioi(
     model,                         # a model from load_model, or a tokenizer
     corruption="unrelated_names",  # or "swap_subject"
-    n=None,                        # number of pairs to train, choose and test with; None: up to 2048, 256, 256
+    n=None,                        # number of pairs to train, choose and test with; None: up to 2048, 512, 512
     seed=0,                        # of the draw
 ):
     "Indirect object identification: who receives the gift?"
@@ -269,7 +270,7 @@ def _years(tokenizer, known, change):
                 found.append(dict(slots, stem=texts[0][:known]))
     return found
 
-# %% ../nbs/06_tasks.ipynb #51d1d090
+# %% ../nbs/06_tasks.ipynb #722245d3
 def _draw_years(pool, rng):
     slots = dict(rng.choice(pool["years"]), event=rng.choice(pool["events"]))
     start = (slots["century"] + slots["tens"] + slots["units"])[len(slots["stem"]):]
@@ -280,7 +281,7 @@ def _draw_years(pool, rng):
 def greater_than(
     model,                 # a model from load_model, or a tokenizer
     corruption="year_01",  # or "decade_start"
-    n=None,                # number of pairs to train, choose and test with; None: up to 2048, 256, 256
+    n=None,                # number of pairs to train, choose and test with; None: up to 2048, 512, 512
     seed=0,                # of the draw
 ):
     "Greater than: in which year did it end?"
@@ -291,7 +292,7 @@ def greater_than(
     years = _years(tokenizer, known, corruption_named(corruption, allowed))
     return _build("greater_than", _draw_years, corruption, allowed, model, n, seed, years=years, endings=endings)
 
-# %% ../nbs/06_tasks.ipynb #e69f43ce
+# %% ../nbs/06_tasks.ipynb #3f482505
 def _draw_pronoun(pool, rng):
     gender, answer, wrong = rng.choice((("female", " she", " he"), ("male", " he", " she")))
     slots = dict(name=rng.choice(pool[gender]), trait=rng.choice(pool["traits"]), role=rng.choice(pool["roles"]))
@@ -301,7 +302,7 @@ def _draw_pronoun(pool, rng):
 def gendered_pronoun(
     model,                      # a model from load_model, or a tokenizer
     corruption="other_gender",  # or "neutral_word"
-    n=None,                     # number of pairs to train, choose and test with; None: up to 2048, 256, 256
+    n=None,                     # number of pairs to train, choose and test with; None: up to 2048, 512, 512
     seed=0,                     # of the draw
 ):
     "Gendered pronoun: she or he?"

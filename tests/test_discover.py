@@ -10,7 +10,7 @@ from mgprune import Circuit, discover, evaluate, load_model, tasks
 from mgprune.models import InputError, fingerprint
 from mgprune.training import Recipe, Search
 
-QUICK = Recipe(steps=20, settle=10)
+QUICK = Recipe(steps=20)
 
 
 @pytest.fixture(scope="module")

@@ -119,7 +119,8 @@ def test_score_of_a_circuit_and_of_a_ranking(p):
     assert everything["recall"] == 1 and everything["precision"] == 3 / 32
 
 
-def test_fewer_training_pairs_where_the_model_knows_few_names(p):
+def test_fewer_pairs_where_the_model_knows_few_names(p):
     task = tasks.ioi(p.model)
-    assert [len(task.valid), len(task.test)] == [256, 256] and 256 <= len(task.train) < 2048
-    with pytest.raises(InputError, match="ask for fewer"): tasks.ioi(p.model, n=(2048, 256, 256))
+    train, valid, test = (len(part) for part in (task.train, task.valid, task.test))
+    assert 100 < valid == test < 512 and 4 * valid <= train < 4 * valid + 6
+    with pytest.raises(InputError, match="ask for fewer"): tasks.ioi(p.model, n=(2048, 512, 512))

@@ -51,9 +51,9 @@ def every_word():
 @pytest.mark.parametrize("name, corruption", BUILT_IN)
 def test_built_in_task(model, name, corruption):
     task = tasks.load(model, name, corruption=corruption)
-    assert [len(part) for part in splits(task)] == [2048, 256, 256]
+    assert [len(part) for part in splits(task)] == [2048, 512, 512]
     prompts = [{p.clean for p in part} for part in splits(task)]
-    assert sum(map(len, prompts)) == len(set.union(*prompts)) == 2560
+    assert sum(map(len, prompts)) == len(set.union(*prompts)) == 3072
     assert all(p.clean != p.corrupt for part in splits(task) for p in part)
     batch = task.batch("test")
     assert isinstance(batch, Batch) and batch.clean.shape == batch.corrupt.shape == batch.attention_mask.shape
