@@ -63,7 +63,7 @@ class Circuit:
         metrics = ", ".join(f"{k.replace('_', ' ')} {v:.3g}" for k, v in p.get("metrics", {}).items() if isinstance(v, float))
         return "\n".join([head, *rows, *(["  " + metrics] if metrics else [])])
 
-# %% ../nbs/08_circuit.ipynb #d25f34f8
+# %% ../nbs/08_circuit.ipynb #98a1d5c2
 def from_kept(
     kept,           # level -> boolean tensor [layers, ...]; levels left out count as kept
     sites,          # from find_sites
@@ -79,7 +79,7 @@ def lowest(
     "Each neuron's lowest score on its way up the tree: level -> tensor, for the finest levels that have scores"
     shapes, result = level_shapes(sites, LEVELS), {}
     for *above, finest in (("block", "attention", "head", "attention_neuron"), ("block", "mlp", "mlp_neuron"), ("block", "mlp", "mlp_output")):
-        path = [scores[l].detach().float().cpu() for l in (*above, finest) if l in scores]
+        path = [scores[l].detach().double().cpu() for l in (*above, finest) if l in scores]
         if not path or (finest == "mlp_output" and finest not in scores): continue
         spread = [s.reshape(*s.shape, *[1] * (len(shapes[finest]) - s.dim())).expand(shapes[finest]) for s in path]
         result[finest] = torch.stack(spread).amin(0) + TIE * spread[-1]

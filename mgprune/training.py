@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Goal', 'Recipe', 'expected_size', 'pulls', 'curved', 'next_price', 'Search', 'log_alpha', 'draw', 'still', 'decided',
-           'chances', 'gradient', 'step', 'kept', 'share', 'watch', 'run', 'note', 'discover', 'last_to_hold', 'cut',
+           'chances', 'gradient', 'step', 'kept', 'share', 'watch', 'ranking', 'run', 'note', 'discover', 'cut',
            'n_neurons', 'versions', 'peak_mb', 'check_task', 'check_circuit']
 
 # %% ../nbs/10_training.ipynb #fc7cf85c
@@ -44,7 +44,7 @@ class Goal:
             check_levels(level)
             if not (number(price) and price >= 0): raise InputError(f"penalties[{level!r}]={price!r}: expected a price of 0 or more")
 
-# %% ../nbs/10_training.ipynb #5a1b45aa
+# %% ../nbs/10_training.ipynb #5ac1aab1
 @dataclass(frozen=True)
 class Recipe:
     "How the search runs; the defaults are the same for every task and model"
@@ -59,7 +59,8 @@ class Recipe:
     headroom: tuple = (.8, .97) # part of the budget that is aimed at, at the first step and at the last
     watched: int = 64           # pairs that measure the circuit, others each time
     every: int = 10             # steps between those measurements
-    averaging: float = 0.02     # weight of the last step in the running average of the scores that is thresholded
+    averaging: float = 0.02     # weight of the last step in the running average of the scores that ranks the nodes
+    past: float = 0.01          # weight of the mean score of all steps, which ranks nodes with the same running average
 
 # %% ../nbs/10_training.ipynb #cf6be5cd
 def expected_size(
@@ -108,7 +109,7 @@ def next_price(
     error = max(-1., min(1., 2 * (1 - measured / target)))
     return price * math.exp(rate * (error if goal.kl else -error))
 
-# %% ../nbs/10_training.ipynb #d61862b9
+# %% ../nbs/10_training.ipynb #5ae6fad7
 class Search:
     "Trains the gates of one model on one task's examples"
     def __init__(self,
@@ -126,7 +127,7 @@ class Search:
         self.order = torch.Generator().manual_seed(seed)
         self.scores = {l: torch.ones(s, device=model.device, requires_grad=True) for l, s in level_shapes(self.sites, levels).items()}
         self.average = {l: s.detach().clone() for l, s in self.scores.items()}
-        self.path = []  # the averages on the way, from large circuits to small ones
+        self.total = {l: torch.zeros_like(a) for l, a in self.average.items()}
         self.optimizer = torch.optim.Adam(self.scores.values(), lr=recipe.rate, betas=(0.9, 0.98), eps=1e-12)
         budget = goal.kl or 0.1 * kl_divergence(examples.full, examples.closed).mean().item()
         self.price = recipe.price * budget / (self.sites.n_layers * (self.sites.n_heads * self.sites.head_width + self.sites.mlp_width))
@@ -156,7 +157,7 @@ def chances(self):
 
 Search.log_alpha, Search.draw, Search.still, Search.chances, Search.decided = log_alpha, draw, still, chances, decided
 
-# %% ../nbs/10_training.ipynb #931dfd6c
+# %% ../nbs/10_training.ipynb #b755b482
 def gradient(self):
     "KL of a random batch under drawn gates, and its gradient with respect to each gate: level -> tensor"
     n = min(self.recipe.batch_size, len(self.examples))
@@ -182,10 +183,11 @@ def step(self):
         for l, s in self.scores.items():
             s.clamp_(-1, 1)
             self.average[l].lerp_(s, self.recipe.averaging)
+            self.total[l] += s
 
 Search.gradient, Search.step = gradient, step
 
-# %% ../nbs/10_training.ipynb #597bda8b
+# %% ../nbs/10_training.ipynb #557f0582
 def kept(self):
     "The nodes that would be kept now, closed: level -> boolean tensor"
     return close({l: is_open(s.detach()).cpu() for l, s in self.scores.items()}, self.sites)
@@ -201,9 +203,13 @@ def watch(self,
     "KL of the gates without noise on each pair"
     return kl_divergence(examples.full, all_masked_logits(self.model, examples, site_masks(self.still(), self.sites)))
 
-Search.kept, Search.share, Search.watch = kept, share, watch
+def ranking(self):
+    "What the search has learned of each node, higher is kept first: level -> tensor"
+    return {l: (a + self.recipe.past * self.total[l] / self.recipe.steps).cpu() for l, a in self.average.items()}
 
-# %% ../nbs/10_training.ipynb #5077f69c
+Search.kept, Search.share, Search.watch, Search.ranking = kept, share, watch, ranking
+
+# %% ../nbs/10_training.ipynb #5ec0fa0a
 def run(
     search,         # Search
     watched,        # Examples that the search does not train on
@@ -222,7 +228,6 @@ def run(
                 target = goal.kl * (r.headroom[0] + (r.headroom[1] - r.headroom[0]) * step / r.steps)
                 search.price = next_price(search.price, bound(torch.cat(measured), r.errors), target, goal, r.price_rate * r.every)
             if goal.keep: search.price = next_price(search.price, search.share(), goal.keep, goal, r.price_rate * r.every)
-            search.path.append({l: a.cpu().clone() for l, a in search.average.items()})
             note(history, search, step + 1, bar)
     return history
 
@@ -240,7 +245,7 @@ def note(
     asked = f"kl<={goal.kl}" if goal.kl else f"keep={goal.keep}" if goal.keep else "penalties"
     bar.set_postfix_str(f"{asked} KL {search.kl:.3f} heads {counts['head']} neurons {counts['attention_neuron']}+{counts['mlp_neuron']}")
 
-# %% ../nbs/10_training.ipynb #3958176f
+# %% ../nbs/10_training.ipynb #5e5683fa
 def discover(
     model,                  # a Hugging Face causal language model, such as load_model returns
     task,                   # Task
@@ -264,7 +269,7 @@ def discover(
     with frozen(model):
         search = Search(model, train, goal, levels, recipe, gate, seed)
         history = run(search, valid, progress)
-        scores = last_to_hold(model, search.path, sites, valid, goal.kl, recipe.errors) if goal.kl else search.path[-1]
+        scores = search.ranking()
         threshold = cut(model, scores, sites, valid, goal, recipe.errors)
     circuit = from_scores(scores, sites, threshold)
     settings = dict(asdict(goal), levels=levels, threshold=threshold, recipe=asdict(recipe), gate=dict(name=type(gate).__name__, **asdict(gate)))
@@ -275,26 +280,6 @@ def discover(
         metrics=evaluate(model, circuit, test), seconds=time.perf_counter() - began, peak_mb=peak_mb(model), history=history)
     check_circuit(circuit, goal)
     return circuit
-
-# %% ../nbs/10_training.ipynb #f40deee3
-def last_to_hold(
-    model,     # a Hugging Face causal language model
-    path,      # scores on the way of a search, oldest first: list of level -> tensor
-    sites,     # from find_sites
-    examples,  # Examples that the search did not train on
-    kl,        # divergence that the circuit may have, in nats
-    errors,    # standard errors of the mean to stay below it
-):
-    "The latest scores found whose open gates hold the divergence; the first if none do"
-    def holds(i):
-        masks = on_device(from_scores(path[i], sites).masks(), model)
-        return bound(kl_divergence(examples.full, all_masked_logits(model, examples, masks)), errors) <= kl
-    good, bad, stride = len(path) - 1, len(path), 1
-    while good > 0 and not holds(good): good, bad, stride = max(0, good - stride), good, 2 * stride
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if holds(middle) else (good, middle)
-    return path[good]
 
 # %% ../nbs/10_training.ipynb #86245a82
 def cut(
@@ -327,7 +312,7 @@ def peak_mb(
     if model.device.type == "cuda": return torch.cuda.max_memory_allocated(model.device) / 2 ** 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
-# %% ../nbs/10_training.ipynb #3c96a231
+# %% ../nbs/10_training.ipynb #54fabf2a
 def check_task(
     task,      # Task
     examples,  # Examples of its test pairs
@@ -355,5 +340,5 @@ def check_circuit(
     if goal.kl and kl > goal.kl: warnings.warn(
         f"the circuit has KL {kl:.3g} on held-out pairs, over the {goal.kl:g} asked for: give the task more pairs")
     scores = torch.cat([s.flatten() for s in circuit.scores.values()])
-    half = ((scores - circuit.provenance["settings"]["threshold"]).abs() < 0.05).float().mean().item()
+    half = (scores.abs() < 0.05).float().mean().item()
     if half > 0.2: warnings.warn(f"{half:.0%} of the gates are stuck half-way between open and closed: search for more steps")

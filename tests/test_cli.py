@@ -14,7 +14,7 @@ from mgprune.models import load_model
 
 ROOT = Path(__file__).parent.parent
 LEVELS = {"block", "head", "mlp", "attention_neuron", "mlp_neuron"}
-FAST = ["--keep", "0.2", "--steps", "40"]
+FAST = ["--keep", "0.2", "--steps", "120"]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_evaluate_gives_the_same_measures(found, tmp_path, capsys):
     first, again = read(found / "deep/ioi.json"), read(tmp_path / "again.json")
     for name in ("kl", "accuracy", "full_accuracy", "faithfulness", "closed_kl"): assert again[name] == pytest.approx(first[name], abs=1e-4)
     assert again["counts"] == first["counts"] and again["task"] == "ioi" and again["model"] == "embedded"
-    assert "256 held-out pairs" in capsys.readouterr().out
+    assert "512 held-out pairs" in capsys.readouterr().out
 
 
 def test_evaluate_on_another_task(found, tmp_path):
