@@ -58,7 +58,7 @@ def bound(
     "What the mean divergence on other pairs stays below, with the confidence that so many standard errors give"
     return (each.mean() + errors * each.std(correction=0) / len(each) ** 0.5).item()
 
-# %% ../nbs/09_evaluation.ipynb #5b17e7c3
+# %% ../nbs/09_evaluation.ipynb #f9b5386a
 def holds(
     model,     # the model that the circuit belongs to
     circuit,   # Circuit
@@ -66,13 +66,14 @@ def holds(
     kl,        # divergence that the circuit may have, in nats
     errors,    # standard errors of the mean by which to stay below it
 ):
-    "Whether the mean divergence stays below; no earlier than three standard errors above it is the answer taken to be no"
+    "Whether the mean divergence stays below it; measuring ends early once it very likely does not"
     masks, each = on_device(circuit.masks(), model), torch.empty(0)
     for part in torch.arange(len(examples)).split(64):
         part = examples[part]
         each = torch.cat([each, kl_divergence(part.full, all_masked_logits(model, part, masks)).cpu()])
-        if bound(each, -3.) > kl: return False
-    return bound(each, errors) <= kl
+        mean, spread, unseen = each.mean().item(), each.std(correction=0).item(), (1 / len(each) - 1 / len(examples)) ** 0.5
+        if mean + (errors / len(examples) ** 0.5 - 2 * unseen) * spread > kl: return False
+    return True
 
 # %% ../nbs/09_evaluation.ipynb #012884c1
 def cuts(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Goal', 'Recipe', 'expected_size', 'pulls', 'curved', 'next_price', 'Search', 'log_alpha', 'draw', 'still', 'decided',
-           'chances', 'gradient', 'step', 'kept', 'share', 'watch', 'ranking', 'run', 'note', 'discover', 'cut',
-           'n_neurons', 'versions', 'peak_mb', 'check_task', 'check_circuit']
+           'chances', 'gradient', 'step', 'kept', 'share', 'watch', 'ranking', 'run', 'note', 'discover',
+           'last_to_hold', 'cut', 'n_neurons', 'versions', 'peak_mb', 'check_task', 'check_circuit']
 
-# %% ../nbs/10_training.ipynb #fc7cf85c
+# %% ../nbs/10_training.ipynb #859478e9
 import math, platform, resource, sys, time, warnings
 from dataclasses import asdict, dataclass
 
@@ -16,7 +16,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from .circuit import from_scores
-from .evaluation import bound, cut_by_kl, cut_by_size, evaluate, on_device
+from .evaluation import bound, cut_by_kl, cut_by_size, evaluate, holds
 from .gates import Sigmoid, is_open
 from .masks import DEFAULT_LEVELS, check_levels, close, level_shapes, site_masks
 from .models import InputError, fingerprint, frozen
@@ -109,7 +109,7 @@ def next_price(
     error = max(-1., min(1., 2 * (1 - measured / target)))
     return price * math.exp(rate * (error if goal.kl else -error))
 
-# %% ../nbs/10_training.ipynb #5ae6fad7
+# %% ../nbs/10_training.ipynb #154e5b5f
 class Search:
     "Trains the gates of one model on one task's examples"
     def __init__(self,
@@ -128,6 +128,7 @@ class Search:
         self.scores = {l: torch.ones(s, device=model.device, requires_grad=True) for l, s in level_shapes(self.sites, levels).items()}
         self.average = {l: s.detach().clone() for l, s in self.scores.items()}
         self.total = {l: torch.zeros_like(a) for l, a in self.average.items()}
+        self.path = []  # the rankings on the way, from large circuits to small ones
         self.optimizer = torch.optim.Adam(self.scores.values(), lr=recipe.rate, betas=(0.9, 0.98), eps=1e-12)
         budget = goal.kl or 0.1 * kl_divergence(examples.full, examples.closed).mean().item()
         self.price = recipe.price * budget / (self.sites.n_layers * (self.sites.n_heads * self.sites.head_width + self.sites.mlp_width))
@@ -209,7 +210,7 @@ def ranking(self):
 
 Search.kept, Search.share, Search.watch, Search.ranking = kept, share, watch, ranking
 
-# %% ../nbs/10_training.ipynb #5ec0fa0a
+# %% ../nbs/10_training.ipynb #f2db113f
 def run(
     search,         # Search
     watched,        # Examples that the search does not train on
@@ -228,6 +229,7 @@ def run(
                 target = goal.kl * (r.headroom[0] + (r.headroom[1] - r.headroom[0]) * step / r.steps)
                 search.price = next_price(search.price, bound(torch.cat(measured), r.errors), target, goal, r.price_rate * r.every)
             if goal.keep: search.price = next_price(search.price, search.share(), goal.keep, goal, r.price_rate * r.every)
+            search.path.append(search.ranking())
             note(history, search, step + 1, bar)
     return history
 
@@ -245,7 +247,7 @@ def note(
     asked = f"kl<={goal.kl}" if goal.kl else f"keep={goal.keep}" if goal.keep else "penalties"
     bar.set_postfix_str(f"{asked} KL {search.kl:.3f} heads {counts['head']} neurons {counts['attention_neuron']}+{counts['mlp_neuron']}")
 
-# %% ../nbs/10_training.ipynb #5e5683fa
+# %% ../nbs/10_training.ipynb #3958176f
 def discover(
     model,                  # a Hugging Face causal language model, such as load_model returns
     task,                   # Task
@@ -269,7 +271,7 @@ def discover(
     with frozen(model):
         search = Search(model, train, goal, levels, recipe, gate, seed)
         history = run(search, valid, progress)
-        scores = search.ranking()
+        scores = last_to_hold(model, search.path, sites, valid, goal.kl, recipe.errors) if goal.kl else search.path[-1]
         threshold = cut(model, scores, sites, valid, goal, recipe.errors)
     circuit = from_scores(scores, sites, threshold)
     settings = dict(asdict(goal), levels=levels, threshold=threshold, recipe=asdict(recipe), gate=dict(name=type(gate).__name__, **asdict(gate)))
@@ -280,6 +282,18 @@ def discover(
         metrics=evaluate(model, circuit, test), seconds=time.perf_counter() - began, peak_mb=peak_mb(model), history=history)
     check_circuit(circuit, goal)
     return circuit
+
+# %% ../nbs/10_training.ipynb #5f4cf159
+def last_to_hold(
+    model,     # a Hugging Face causal language model
+    path,      # scores on the way of a search, oldest first: list of level -> tensor
+    sites,     # from find_sites
+    examples,  # Examples that the search did not train on
+    kl,        # divergence that the circuit may have, in nats
+    errors,    # standard errors of the mean to stay below it
+):
+    "The latest scores whose open gates hold the divergence, looking at every second; the first of all if none do"
+    return next((scores for scores in path[::-2] if holds(model, from_scores(scores, sites), examples, kl, errors)), path[0])
 
 # %% ../nbs/10_training.ipynb #86245a82
 def cut(
