@@ -44,7 +44,7 @@ class Goal:
             check_levels(level)
             if not (number(price) and price >= 0): raise InputError(f"penalties[{level!r}]={price!r}: expected a price of 0 or more")
 
-# %% ../nbs/10_training.ipynb #5ac1aab1
+# %% ../nbs/10_training.ipynb #e9ed1b44
 @dataclass(frozen=True)
 class Recipe:
     "How the search runs; the defaults are the same for every task and model"
@@ -56,7 +56,7 @@ class Recipe:
     price_rate: float = 0.02    # most that the price changes per step, in units of its logarithm
     group_price: float = 2.     # of an open head or MLP, in neurons for each bit of its number of neurons
     errors: float = 1.64        # standard errors by which the measured divergence stays below the budget: 95 % confidence
-    headroom: tuple = (.8, .97) # part of the budget that is aimed at, at the first step and at the last
+    headroom: tuple = (.8, .95) # part of the budget that is aimed at, at the first step and at the last
     watched: int = 64           # pairs that measure the circuit, others each time
     every: int = 10             # steps between those measurements
     averaging: float = 0.02     # weight of the last step in the running average of the scores that ranks the nodes
@@ -210,7 +210,7 @@ def ranking(self):
 
 Search.kept, Search.share, Search.watch, Search.ranking = kept, share, watch, ranking
 
-# %% ../nbs/10_training.ipynb #f2db113f
+# %% ../nbs/10_training.ipynb #bd401df3
 def run(
     search,         # Search
     watched,        # Examples that the search does not train on
@@ -227,7 +227,8 @@ def run(
             if goal.kl:
                 measured = [*measured, search.watch(watched[groups[step // r.every % len(groups)]])][-len(groups):]
                 target = goal.kl * (r.headroom[0] + (r.headroom[1] - r.headroom[0]) * step / r.steps)
-                search.price = next_price(search.price, bound(torch.cat(measured), r.errors), target, goal, r.price_rate * r.every)
+                now = max(bound(torch.cat(measured), r.errors), measured[-1].mean().item())
+                search.price = next_price(search.price, now, target, goal, r.price_rate * r.every)
             if goal.keep: search.price = next_price(search.price, search.share(), goal.keep, goal, r.price_rate * r.every)
             search.path.append(search.ranking())
             note(history, search, step + 1, bar)

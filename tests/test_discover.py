@@ -7,8 +7,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from mgprune import Circuit, discover, evaluate, load_model, tasks
+from mgprune.circuit import from_scores
+from mgprune.masks import level_shapes
 from mgprune.models import InputError, fingerprint
-from mgprune.training import Recipe, Search
+from mgprune.sites import find_sites
+from mgprune.training import Goal, Recipe, Search, check_circuit
 
 QUICK = Recipe(steps=20)
 
@@ -25,7 +28,7 @@ def task(model):
 
 @pytest.fixture(scope="module")
 def circuit(model, task):
-    with pytest.warns(UserWarning): return discover(model, task, kl=.1, recipe=QUICK, progress=False)
+    return discover(model, task, kl=.1, recipe=QUICK, progress=False)
 
 
 def state(model):
@@ -94,6 +97,14 @@ def test_all_closed_and_all_open(model, task):
     with pytest.warns(UserWarning, match="all gates are closed"):
         discover(model, task, penalties=dict.fromkeys(("block", "head", "mlp"), 1e6), recipe=dataclasses.replace(QUICK, steps=60, rate=.5), progress=False)
     with pytest.warns(UserWarning, match="all gates are open"): discover(model, task, penalties={}, recipe=QUICK, progress=False)
+
+
+def test_over_the_budget_and_half_way(model):
+    sites = find_sites(model)
+    undecided = from_scores({l: torch.zeros(s) for l, s in level_shapes(sites).items()}, sites, -1., dict(metrics=dict(kl=.2)))
+    with pytest.warns(UserWarning) as seen: check_circuit(undecided, Goal(kl=.1))
+    said = " ".join(str(w.message) for w in seen)
+    assert "KL 0.2 on held-out pairs, over the 0.1 asked for" in said and "100% of the gates are stuck half-way" in said
 
 
 def test_circuit_of_another_model(model, task, circuit, tmp_path):
