@@ -264,5 +264,6 @@ d = { 'settings': { 'branch': 'main',
                                   'mgprune.training.share': ('training.html#share', 'mgprune/training.py'),
                                   'mgprune.training.step': ('training.html#step', 'mgprune/training.py'),
                                   'mgprune.training.still': ('training.html#still', 'mgprune/training.py'),
+                                  'mgprune.training.trend': ('training.html#trend', 'mgprune/training.py'),
                                   'mgprune.training.versions': ('training.html#versions', 'mgprune/training.py'),
                                   'mgprune.training.watch': ('training.html#watch', 'mgprune/training.py')}}}

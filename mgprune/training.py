@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Goal', 'Recipe', 'expected_size', 'pulls', 'curved', 'next_price', 'Search', 'log_alpha', 'draw', 'still', 'decided',
-           'chances', 'gradient', 'step', 'kept', 'share', 'watch', 'ranking', 'run', 'note', 'discover',
+           'chances', 'gradient', 'step', 'kept', 'share', 'watch', 'ranking', 'trend', 'run', 'note', 'discover',
            'last_to_hold', 'cut', 'n_neurons', 'versions', 'peak_mb', 'check_task', 'check_circuit']
 
 # %% ../nbs/10_training.ipynb #859478e9
@@ -44,7 +44,7 @@ class Goal:
             check_levels(level)
             if not (number(price) and price >= 0): raise InputError(f"penalties[{level!r}]={price!r}: expected a price of 0 or more")
 
-# %% ../nbs/10_training.ipynb #e9ed1b44
+# %% ../nbs/10_training.ipynb #5ac1aab1
 @dataclass(frozen=True)
 class Recipe:
     "How the search runs; the defaults are the same for every task and model"
@@ -56,7 +56,7 @@ class Recipe:
     price_rate: float = 0.02    # most that the price changes per step, in units of its logarithm
     group_price: float = 2.     # of an open head or MLP, in neurons for each bit of its number of neurons
     errors: float = 1.64        # standard errors by which the measured divergence stays below the budget: 95 % confidence
-    headroom: tuple = (.8, .95) # part of the budget that is aimed at, at the first step and at the last
+    headroom: tuple = (.8, .97) # part of the budget that is aimed at, at the first step and at the last
     watched: int = 64           # pairs that measure the circuit, others each time
     every: int = 10             # steps between those measurements
     averaging: float = 0.02     # weight of the last step in the running average of the scores that ranks the nodes
@@ -97,7 +97,7 @@ def curved(
     "The pull of a price that is higher for a gate that opens than for one that closes, and the same for all the way"
     return {l: p * (1 + decided * (1 - 2 * chance[l])) for l, p in pull.items()}
 
-# %% ../nbs/10_training.ipynb #ae9800b2
+# %% ../nbs/10_training.ipynb #c19a10b4
 def next_price(
     price,     # of an open neuron, in nats
     measured,  # of the circuit: its divergence for a goal in kl, its share of the neurons for a goal in keep
@@ -106,7 +106,7 @@ def next_price(
     rate,      # most that the logarithm of the price changes
 ):
     "The price for the next steps"
-    error = max(-1., min(1., 2 * (1 - measured / target)))
+    error = max(-1., min(1., 5 * (1 - measured / target)))
     return price * math.exp(rate * (error if goal.kl else -error))
 
 # %% ../nbs/10_training.ipynb #154e5b5f
@@ -210,14 +210,22 @@ def ranking(self):
 
 Search.kept, Search.share, Search.watch, Search.ranking = kept, share, watch, ranking
 
-# %% ../nbs/10_training.ipynb #bd401df3
+# %% ../nbs/10_training.ipynb #00f94aa6
+def trend(
+    now,          # [examples] divergence on some pairs
+    before=None,  # [examples] divergence on the same pairs one round ago; None if they are new
+):
+    "How much the mean divergence has changed in half a round"
+    return 0. if before is None else (now - before).mean().item() / 2
+
+# %% ../nbs/10_training.ipynb #ec4cbd54
 def run(
     search,         # Search
     watched,        # Examples that the search does not train on
     progress=True,  # show a progress bar
 ):
     "Sharpen the gates step by step; returns the history: name -> list, one entry every few steps"
-    r, goal, history, measured = search.recipe, search.goal, {}, []
+    r, goal, history, measured = search.recipe, search.goal, {}, {}
     groups = torch.arange(len(watched)).split(min(r.watched, len(watched)))
     with tqdm(total=r.steps, disable=None if progress else True, desc="discover") as bar:
         for step in range(r.steps):
@@ -225,10 +233,12 @@ def run(
             search.step(); bar.update()
             if (step + 1) % r.every: continue
             if goal.kl:
-                measured = [*measured, search.watch(watched[groups[step // r.every % len(groups)]])][-len(groups):]
+                group = step // r.every % len(groups)
+                now, before = search.watch(watched[groups[group]]), measured.get(group)
+                measured[group] = now
+                estimate = bound(torch.cat([*measured.values()]), r.errors) + trend(now, before)
                 target = goal.kl * (r.headroom[0] + (r.headroom[1] - r.headroom[0]) * step / r.steps)
-                now = max(bound(torch.cat(measured), r.errors), measured[-1].mean().item())
-                search.price = next_price(search.price, now, target, goal, r.price_rate * r.every)
+                search.price = next_price(search.price, estimate, target, goal, r.price_rate * r.every)
             if goal.keep: search.price = next_price(search.price, search.share(), goal.keep, goal, r.price_rate * r.every)
             search.path.append(search.ranking())
             note(history, search, step + 1, bar)
