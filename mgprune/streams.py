@@ -48,7 +48,7 @@ class Batch(Rows):
 
     def __len__(self): return len(self.clean)
 
-# %% ../nbs/04_streams.ipynb #f7964288
+# %% ../nbs/04_streams.ipynb #26d962ef
 def answer_logits(
     model,           # a Hugging Face causal language model
     ids,             # [examples, positions] token ids, padded on the left
@@ -56,7 +56,8 @@ def answer_logits(
 ):
     "Logits at the last position, [examples, vocabulary]"
     takes = inspect.signature(model.forward).parameters
-    options = dict(position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0), logits_to_keep=1, use_cache=False)
+    last = torch.tensor([ids.shape[1] - 1], device=ids.device)  # an index copies the last position; a slice of it is slow to multiply
+    options = dict(position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0), logits_to_keep=last, use_cache=False)
     return model(input_ids=ids, attention_mask=attention_mask, **{k: v for k, v in options.items() if k in takes}).logits[:, -1]
 
 # %% ../nbs/04_streams.ipynb #cbdf72cf
