@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from mgprune import planted, tasks
 from mgprune.circuit import from_kept
@@ -19,8 +19,11 @@ TASKS = ("ioi", "greater_than", "gendered_pronoun")
 by_task = pytest.mark.parametrize("task", TASKS)
 
 
-@pytest.fixture(scope="module")
-def p(): return plant(seed=3)
+@pytest.fixture(scope="module", params=planted.ARCHITECTURES)
+def p(request): return plant(seed=3, architecture=request.param)
+
+
+def architecture(p): return p.model.config.model_type
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +33,8 @@ def given_pairs(p): return {task: prepare(p.model, tasks.load(p.model, task).bat
 def kl_of(p, kept, examples): return evaluate(p.model, from_kept(kept, find_sites(p.model)), examples)["kl"]
 
 
-def test_it_is_a_plain_gpt2_and_survives_the_disk(p, tmp_path):
-    assert type(p.model) is GPT2LMHeadModel and not p.model.training
+def test_it_is_a_stock_model_and_survives_the_disk(p, tmp_path):
+    assert type(p.model) in (GPT2LMHeadModel, LlamaForCausalLM) and not p.model.training
     p.model.save_pretrained(tmp_path)
     p.model.tokenizer.save_pretrained(tmp_path)
     again = load_model(tmp_path)
@@ -42,21 +45,22 @@ def test_it_is_a_plain_gpt2_and_survives_the_disk(p, tmp_path):
 
 
 def test_the_same_seed_builds_the_same_and_another_seed_another(p):
-    model, nodes = build(3, .01)
+    model, nodes = build(3, .01, architecture(p))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), p.model.parameters()))
     assert all(torch.equal(kept, p.nodes[task][level]) for task in TASKS for level, kept in nodes[task].items())
-    heads = {tuple(map(tuple, build(seed, .01)[1]["ioi"]["head"].nonzero().tolist())) for seed in range(4)}
+    heads = {tuple(map(tuple, build(seed, .01, architecture(p))[1]["ioi"]["head"].nonzero().tolist())) for seed in range(4)}
     assert len(heads) == 4
 
 
+@pytest.mark.parametrize("key_heads", (planted.HEADS, planted.KEY_HEADS))
 @pytest.mark.parametrize("seed", range(20))
-def test_information_flows_upwards_and_nothing_is_shared(seed):
-    heads, neurons = planted.places(planted.random.Random(seed))
+def test_information_flows_upwards_and_nothing_is_shared(seed, key_heads):
+    heads, neurons = planted.places(planted.random.Random(seed), key_heads)
     layer = {task: places[0][0] for task, places in neurons.items()}
     assert heads["gather"][0] < min(heads["first"][0], heads["second"][0])
     assert max(heads["first"][0], heads["second"][0]) <= layer["ioi"]
     assert heads["year"][0] <= layer["greater_than"] and heads["gender"][0] <= layer["gendered_pronoun"]
-    assert len({*heads.values()}) == 5
+    assert len({(layer, head * key_heads // planted.HEADS) for layer, head in heads.values()}) == 5
     places = [place for group in neurons.values() for place in group]
     assert len({*places}) == len(places) == 14 + 12 + 2
 
@@ -93,6 +97,7 @@ def test_too_much_leak_is_refused():
     with pytest.raises(InputError, match=r"leak=0\.15 is too large: in \w+, .*Use a smaller leak, such as 0\.01"): plant(leak=.15)
     for wrong in (-.1, math.nan, math.inf):
         with pytest.raises(InputError, match="expected a number from 0"): plant(leak=wrong)
+    with pytest.raises(InputError, match="unknown architecture 'bert': expected one of gpt2, llama"): plant(architecture="bert")
 
 
 @given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=30))
