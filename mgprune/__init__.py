@@ -5,6 +5,6 @@ from mgprune import plots, tasks
 from mgprune.circuit import Circuit
 from mgprune.evaluation import evaluate
 from mgprune.models import load_model
-from mgprune.training import discover
+from mgprune.training import discover, sweep
 
-__all__ = ["load_model", "tasks", "discover", "Circuit", "evaluate"]
+__all__ = ["load_model", "tasks", "discover", "sweep", "Circuit", "evaluate"]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARE', 'CLOSED', 'FADED', 'COLOURS', 'SPOKEN', 'BAR', 'shade', 'head_shares', 'mlp_shares', 'draw_heads', 'draw_mlp',
            'canvas', 'draw_labels', 'plot_circuit', 'plot_heads', 'cells', 'plot_neurons', 'plot_training',
-           'save_figures']
+           'plot_frontier', 'save_figures']
 
 # %% ../nbs/12_plots.ipynb #5c2b8520
 from io import BytesIO
@@ -186,26 +186,48 @@ def plot_neurons(
     sns.despine(ax=axes)
     return figure
 
-# %% ../nbs/12_plots.ipynb #461c2d31
+# %% ../nbs/12_plots.ipynb #b244d748
 def plot_training(
     circuit,  # Circuit that comes from a search
 ):
-    "Course of the search: divergence on training pairs, and share of open gates at each level"
+    "Course of the search: divergence against size, and share of open gates at each level, for the circuit of every step"
     history = circuit.provenance.get("history")
     if not history: raise InputError("this circuit does not come from a search: only what discover returns has a history")
-    figure = Picture(figsize=(6.4, 2.6), layout="constrained")
+    figure = Picture(figsize=(6.6, 2.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot(history["step"], history["kl"], color="0.3", label="training pairs")
-    budget = circuit.provenance.get("settings", {}).get("kl")
+    left.scatter(history["neurons"], [max(kl, 1e-6) for kl in history["kl"]], c=history["step"], s=5, cmap=SHARE, vmin=-len(history["step"]) / 4)
+    budget, kl = circuit.provenance.get("settings", {}).get("kl"), circuit.provenance.get("metrics", {}).get("kl")
     if budget: left.axhline(budget, color=COLOURS["mlp_neuron"], lw=1, ls="--", label="asked for")
-    left.set(xlabel="step", ylabel="KL(full ‖ circuit)", yscale="log")
+    if kl: left.plot(circuit.n_neurons(), kl, "o", color=COLOURS["attention_neuron"], mec="black", ms=5, label="found", ls="none")
+    left.set(xlabel="neurons open", ylabel="KL(full ‖ circuit)", xscale="log", yscale="log")
     for level in [level for level in DEFAULT_LEVELS if level in history]:
         share = [count / circuit.kept[level].numel() or float("nan") for count in history[level]]  # no zero on this axis
-        right.plot(history["step"], share, color=COLOURS[level], label=SPOKEN[level])
+        right.plot(history["step"], share, ".", ms=2, color=COLOURS[level], label=SPOKEN[level])
     right.set(xlabel="step", ylabel="share of gates open", yscale="log")
     right.yaxis.set_major_formatter(PercentFormatter(1))
     left.legend(fontsize=7, frameon=False)
-    right.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, .5))
+    right.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, .5), markerscale=4)
+    for axes in (left, right): sns.despine(ax=axes)
+    return figure
+
+# %% ../nbs/12_plots.ipynb #9041e9f3
+def plot_frontier(
+    curves,  # name -> list of circuits from sweep, or of dictionaries from frontier; or one such list
+):
+    "KL and accuracy of circuits against their number of neurons, a curve for each name"
+    if not isinstance(curves, dict): curves = {"": curves}
+    figure = Picture(figsize=(6.6, 2.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (name, points), colour, marker in zip(curves.items(), sns.color_palette("colorblind") * len(curves), "osD^vPX*<>" * len(curves)):
+        rows = [dict(p.provenance["metrics"], neurons=p.n_neurons()) if isinstance(p, Circuit) else p for p in points]
+        x = [row["neurons"] for row in rows]
+        left.plot(x, [max(row["kl"], 1e-4) for row in rows], color=colour, marker=marker, ms=3, lw=1.2, label=name or None)
+        right.plot(x, [row["accuracy"] for row in rows], color=colour, marker=marker, ms=3, lw=1.2)
+    left.set(xlabel="neurons kept", ylabel="KL(full ‖ circuit)", xscale="log", yscale="log")
+    right.axhline(rows[0]["full_accuracy"], color="0.6", lw=.8, ls=":")
+    right.set(xlabel="neurons kept", ylabel="accuracy", xscale="log", ylim=(0, 1.02))
+    right.yaxis.set_major_formatter(PercentFormatter(1))
+    if [*curves] != [""]: figure.legend(fontsize=7, frameon=False, loc="outside right center")
     for axes in (left, right): sns.despine(ax=axes)
     return figure
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mgprune import Circuit, discover, evaluate, load_model, tasks
+from mgprune import Circuit, discover, evaluate, load_model, sweep, tasks
 from mgprune.circuit import from_scores
 from mgprune.masks import level_shapes
 from mgprune.models import InputError, fingerprint
@@ -69,9 +69,16 @@ def test_levels_are_selectable(model, task, levels):
 
 @pytest.mark.parametrize("wrong, says", [(dict(kl=-1), "above 0"), (dict(keep=2), "at most 1"), (dict(kl=.1, keep=.1), "exactly one"),
                                          (dict(levels=["neuron"]), "expected one or more"), (dict(levels=[]), "expected one or more"),
-                                         (dict(penalties={"head": -1}), "0 or more")])
+                                         (dict(penalties={"head": -1}), "0 or more"), (dict(keep=(.1, .2)), "sweep takes several")])
 def test_wrong_arguments(model, task, wrong, says):
     with pytest.raises(InputError, match=says): discover(model, task, progress=False, **wrong)
+
+
+def test_sweep_is_nested_and_of_the_sizes_asked_for(model, task):
+    circuits = sweep(model, task, keep=(.3, .1, .02), recipe=QUICK, progress=False)
+    assert [c.n_neurons() for c in circuits] == [round(k * 2560) for k in (.3, .1, .02)]
+    assert all((small.kept[l] <= large.kept[l]).all() for large, small in zip(circuits, circuits[1:]) for l in small.kept)
+    assert all(abs(evaluate(model, c, task)["kl"] - c.provenance["metrics"]["kl"]) < 1e-6 for c in circuits)
 
 
 def test_nan_is_refused(task):
@@ -101,7 +108,7 @@ def test_all_closed_and_all_open(model, task):
 
 def test_over_the_budget_and_half_way(model):
     sites = find_sites(model)
-    undecided = from_scores({l: torch.zeros(s) for l, s in level_shapes(sites).items()}, sites, -1., dict(metrics=dict(kl=.2)))
+    undecided = from_scores({l: torch.zeros(s) for l, s in level_shapes(sites).items()}, sites, -.5, dict(metrics=dict(kl=.2), settings=dict(threshold=-.5)))
     with pytest.warns(UserWarning) as seen: check_circuit(undecided, Goal(kl=.1))
     said = " ".join(str(w.message) for w in seen)
     assert "KL 0.2 on held-out pairs, over the 0.1 asked for" in said and "100% of the gates are stuck half-way" in said
