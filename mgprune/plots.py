@@ -7,7 +7,7 @@ __all__ = ['SHARE', 'CLOSED', 'FADED', 'COLOURS', 'SPOKEN', 'BAR', 'shade', 'hea
            'canvas', 'draw_labels', 'plot_circuit', 'plot_heads', 'cells', 'plot_neurons', 'plot_training',
            'plot_frontier', 'save_figures']
 
-# %% ../nbs/12_plots.ipynb #5c2b8520
+# %% ../nbs/12_plots.ipynb #2dd75b37
 from io import BytesIO
 from pathlib import Path
 
@@ -19,7 +19,6 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from .circuit import Circuit
-from .masks import DEFAULT_LEVELS
 from .models import InputError
 
 # %% ../nbs/12_plots.ipynb #87069b7f
@@ -186,27 +185,24 @@ def plot_neurons(
     sns.despine(ax=axes)
     return figure
 
-# %% ../nbs/12_plots.ipynb #b244d748
+# %% ../nbs/12_plots.ipynb #bdab7d9b
 def plot_training(
     circuit,  # Circuit that comes from a search
 ):
-    "Course of the search: divergence against size, and share of open gates at each level, for the circuit of every step"
+    "Course of the search: divergence against size, and size over time, of the circuit of every step"
     history = circuit.provenance.get("history")
     if not history: raise InputError("this circuit does not come from a search: only what discover returns has a history")
     figure = Picture(figsize=(6.6, 2.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.scatter(history["neurons"], [max(kl, 1e-6) for kl in history["kl"]], c=history["step"], s=5, cmap=SHARE, vmin=-len(history["step"]) / 4)
+    left.scatter(history["neurons"], [max(kl, 1e-6) for kl in history["kl"]], c=history["step"], s=4, linewidths=0, cmap=SHARE, vmin=-len(history["step"]) / 4)
     budget, kl = circuit.provenance.get("settings", {}).get("kl"), circuit.provenance.get("metrics", {}).get("kl")
     if budget: left.axhline(budget, color=COLOURS["mlp_neuron"], lw=1, ls="--", label="asked for")
     if kl: left.plot(circuit.n_neurons(), kl, "o", color=COLOURS["attention_neuron"], mec="black", ms=5, label="found", ls="none")
     left.set(xlabel="neurons open", ylabel="KL(full ‖ circuit)", xscale="log", yscale="log")
-    for level in [level for level in DEFAULT_LEVELS if level in history]:
-        share = [count / circuit.kept[level].numel() or float("nan") for count in history[level]]  # no zero on this axis
-        right.plot(history["step"], share, ".", ms=2, color=COLOURS[level], label=SPOKEN[level])
-    right.set(xlabel="step", ylabel="share of gates open", yscale="log")
-    right.yaxis.set_major_formatter(PercentFormatter(1))
-    left.legend(fontsize=7, frameon=False)
-    right.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, .5), markerscale=4)
+    right.plot(history["step"], history["neurons"], ",", color="0.3")
+    right.axhline(circuit.n_neurons(), color=COLOURS["attention_neuron"], lw=1, label="found")
+    right.set(xlabel="step", ylabel="neurons open", yscale="log")
+    for axes in (left, right): axes.legend(fontsize=7, frameon=False)
     for axes in (left, right): sns.despine(ax=axes)
     return figure
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Goal', 'Recipe', 'expected_size', 'threshold_at', 'log_odds', 'within', 'Search', 'log_alpha', 'next_size',
-           'move_ends', 'step', 'note', 'ranking', 'run', 'learn', 'circuit_at', 'likely_threshold', 'discover',
-           'sweep', 'versions', 'peak_mb', 'check_task', 'check_circuit']
+           'move_ends', 'step', 'ranking', 'run', 'learn', 'circuit_at', 'likely_threshold', 'discover', 'sweep',
+           'versions', 'peak_mb', 'check_task', 'check_circuit']
 
 # %% ../nbs/10_training.ipynb #972e1f51
 import math, platform, resource, sys, time, warnings
@@ -49,7 +49,7 @@ class Goal:
         "The shares of the neurons to keep, as a tuple"
         return tuple(self.keep) if isinstance(self.keep, (list, tuple)) else () if self.keep is None else (self.keep,)
 
-# %% ../nbs/10_training.ipynb #46d931ef
+# %% ../nbs/10_training.ipynb #dbebc33c
 @dataclass(frozen=True)
 class Recipe:
     "How the search runs; the defaults are the same for every task and model"
@@ -66,7 +66,7 @@ class Recipe:
     group_price: float = 0.35     # of an open head or MLP, in heads' worth of neurons
     averaging: float = 0.05       # weight of the last step in the running average of the scores that ranks the nodes
     errors: float = 1.64          # standard errors by which the measured divergence stays below the budget: 95 % confidence
-    every: int = 10               # steps between two lines of the history
+    every: int = 10               # steps between two updates of the progress bar
 
 # %% ../nbs/10_training.ipynb #fbd47fee
 def expected_size(
@@ -118,7 +118,7 @@ def within(
     "The value, or the limit with its sign where the value is beyond it"
     return max(-limit, min(limit, value))
 
-# %% ../nbs/10_training.ipynb #738e5687
+# %% ../nbs/10_training.ipynb #7819442e
 class Search:
     "Trains the gates of one model on one task's examples"
     def __init__(self,
@@ -131,7 +131,7 @@ class Search:
         seed=0,              # of the order of the examples, the sizes and the noise of the gates
     ):
         self.model, self.examples, self.goal, self.recipe, self.gate = model, examples, goal, recipe, gate
-        self.sites, self.steps, self.history = find_sites(model), 0, {}
+        self.sites, self.steps, self.history = find_sites(model), 0, {}  # history: name -> a number for each step
         self.noise = torch.Generator(model.device).manual_seed(seed)
         self.order = torch.Generator().manual_seed(seed)
         def start(level): return log_odds(recipe.first_size) if goal.penalties is not None else 0. if "_" in level else recipe.group_start
@@ -185,7 +185,7 @@ def move_ends(self,
 
 Search.next_size, Search.move_ends = next_size, move_ends
 
-# %% ../nbs/10_training.ipynb #04c1a28a
+# %% ../nbs/10_training.ipynb #8a4594af
 def step(self):
     "One step of the optimiser"
     r = self.recipe
@@ -203,20 +203,12 @@ def step(self):
     self.optimizer.step()
     for l, s in self.scores.items(): self.average[l].lerp_(s.detach(), r.averaging)
     if size is not None: self.move_ends(kl.item())
-    self.note(kl.item(), log_alpha)
     self.steps += 1
+    with torch.no_grad(): neurons = expected_size({l: self.gate.open_probability(a) for l, a in log_alpha.items()}, self.sites).item()
+    for name, value in dict(step=self.steps, kl=kl.item(), neurons=neurons).items():
+        self.history.setdefault(name, []).append(float(f"{value:.4g}"))
 
-def note(self,
-    kl,         # divergence of this step's circuit
-    log_alpha,  # location of its gates
-):
-    "Add a line to the history"
-    with torch.no_grad(): chance = {l: self.gate.open_probability(a) for l, a in log_alpha.items()}
-    line = dict(kl=kl, neurons=expected_size(chance, self.sites).item()) | {l: c.sum().item() for l, c in chance.items()}
-    self.history.setdefault("step", []).append(self.steps + 1)
-    for name, value in line.items(): self.history.setdefault(name, []).append(float(f"{value:.4g}"))
-
-Search.step, Search.note = step, note
+Search.step = step
 
 # %% ../nbs/10_training.ipynb #7e817dbc
 def ranking(self):
