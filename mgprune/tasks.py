@@ -43,10 +43,11 @@ def read_prompt(
     tokenizer,  # a tokenizer
 ):
     "Token ids of a text that goes on: with the special tokens that the tokenizer puts before it, without those behind it"
-    ids, plain = tokenizer(text).input_ids, tokenizer(text, add_special_tokens=False).input_ids
-    if ids[len(ids) - len(plain):] == plain: return ids
-    before = next(i for i in range(len(ids) - len(plain) + 1) if ids[i:i + len(plain)] == plain)
-    return ids[:before + len(plain)]
+    ids = tokenizer(text, verbose=False).input_ids  # the length is checked where the model is known
+    if not ids or ids[-1] not in tokenizer.all_special_ids: return ids
+    plain = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    ends = [i for i in range(len(plain), len(ids) + 1) if ids[i - len(plain):i] == plain]
+    return ids[:ends[-1]] if ends else ids
 
 def answer_id(
     text,       # an answer, such as " Mary" or "45"
@@ -330,14 +331,14 @@ def _one_world(draw, change, pool, seed, sizes, exact):
     return pairs[:first], pairs[first:second], pairs[second:]
 
 # %% ../nbs/06_tasks.ipynb #a0229194
-def _thirds(items, seed):
+def _share_out(items, seed):
     items, quarter = list(items), max(1, len(items) // 4)
     random.Random(seed).shuffle(items)
     return items[2 * quarter:], items[:quarter], items[quarter:2 * quarter]
 
 def _worlds_apart(items):
     def split(draw, change, pool, seed, sizes, exact):
-        parts = zip(SPLITS, _thirds(pool[items], seed), sizes)
+        parts = zip(SPLITS, _share_out(pool[items], seed), sizes)
         return [_draw_pairs(draw, change, {**pool, "asked": own}, f"{seed} {part}", size, size if exact else 1) for part, own, size in parts]
     return split
 
@@ -346,6 +347,7 @@ def _check_reading(name, pairs, tokenizer):
     letter = lambda i: len(piece := tokenizer.decode([i]).strip()) == 1 and piece.isalpha()
     for pair in pairs:
         ids = read_prompt(pair.clean, tokenizer)
+        # four tokens in a row that are a letter each
         if "1111" in "".join(str(int(letter(i))) for i in ids): raise InputError(
             f"{name} does not fit this tokenizer, which spells words out in letters: {tokenizer.convert_ids_to_tokens(ids)}. "
             "The model has hardly seen them: use tasks.from_pairs with prompts of your own")
@@ -526,8 +528,8 @@ def successor(
 SUMS = tuple((first, second) for second in range(1, 8) for first in range(1, 10 - second))
 
 def _draw_sum(pool, rng):
-    sums, (gap, digit) = pool["asked"], pool["digits"]
-    shown, (first, second) = rng.sample(sums, 3), rng.choice(sums)
+    *shown, (first, second) = rng.sample(pool["asked"], 4)
+    gap, digit = pool["digits"]
     other = rng.choice([number for number in range(1, 10 - second) if number != first])
     said = "".join(f"{a} + {b} = {a + b}, " for a, b in shown)
     template, slots = said + "{asked} + {second} =" + gap, dict(asked=first, other=other, second=second)
@@ -622,11 +624,7 @@ def _divide(pairs, seed):
     for pair in pairs: groups.setdefault(pair.clean, []).append(pair)
     if len(groups) < len(SPLITS): raise InputError(
         f"{len(groups)} different clean prompts; expected at least {len(SPLITS)}, one for each of {', '.join(SPLITS)}")
-    groups = list(groups.values())
-    random.Random(seed).shuffle(groups)
-    quarter = max(1, len(groups) // 4)
-    parts = groups[2 * quarter:], groups[:quarter], groups[quarter:2 * quarter]
-    return [tuple(pair for group in part for pair in group) for part in parts]
+    return [tuple(pair for group in part for pair in group) for part in _share_out(groups.values(), seed)]
 
 # %% ../nbs/06_tasks.ipynb #2571b676
 def _warn_joined(pairs, tokenizer):
