@@ -21,7 +21,7 @@ from .evaluation import SIZES, evaluate
 from .masks import DEFAULT_LEVELS, LEVELS, check_levels
 from .models import InputError, load_model
 from .plots import plot_frontier, save_figures
-from .tasks import BUILT_IN, load as load_task
+from .tasks import BUILT_IN, FITTING, load as load_task
 from .training import Goal, Recipe, discover, peak_mb, sweep
 
 # %% ../nbs/15_cli.ipynb #41a85cbe
@@ -67,9 +67,10 @@ def search_options(
     option,  # adds an option to the command
 ):
     "What every search takes"
+    fitting = "; ".join(f"{task}: {' or '.join(names)}" for task, names in FITTING.items())
     option("task", metavar="TASK", help=f"{', '.join(BUILT_IN)}, or a JSONL or CSV file of pairs")
     option("--model", default="embedded", metavar="M", help="embedded, smollm2, a name on the hub, or a folder (default: embedded)")
-    option("--corruption", metavar="C", help="how a built-in task makes its corrupt prompts (default: the task's own)")
+    option("--corruption", metavar="C", help=f"how a built-in task makes its corrupt prompts (default: the first of its own). {fitting}")
     option("--levels", nargs="+", default=DEFAULT_LEVELS, metavar="L",
            help=f"levels to search, of {', '.join(LEVELS)} (default: {','.join(DEFAULT_LEVELS)})")
     option("--seed", type=int, default=0, metavar="N", help="of the search; the pairs stay the same (default: 0)")

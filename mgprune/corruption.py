@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CORRUPTIONS', 'unrelated_names', 'swap_subject', 'year_01', 'decade_start', 'other_gender', 'neutral_word',
-           'corruption_named', 'random_tokens']
+           'other_number', 'other_question', 'swap_listed', 'unrelated_words', 'corruption_named', 'random_tokens']
 
 # %% ../nbs/05_corruption.ipynb #0580d8ab
 import random
@@ -66,8 +66,47 @@ def neutral_word(
     "A word without gender where the name stood"
     return {**slots, "name": rng.choice(pool["neutral"])}
 
+# %% ../nbs/05_corruption.ipynb #262675d5
+def other_number(
+    slots,  # slot names and their words, with subject and counterpart, the same noun in the other number
+    pool,   # not used
+    rng,    # not used
+):
+    "The subject in the other number"
+    return {**slots, "subject": slots["counterpart"], "counterpart": slots["subject"]}
+
+# %% ../nbs/05_corruption.ipynb #ab1c20c4
+def other_question(
+    slots,  # slot names and their words, with asked and other
+    pool,   # not used
+    rng,    # not used
+):
+    "The same question about another word"
+    return {**slots, "asked": slots["other"], "other": slots["asked"]}
+
+# %% ../nbs/05_corruption.ipynb #24285f78
+def swap_listed(
+    slots,  # slot names and their words, with right and other, both of them in the list
+    pool,   # not used
+    rng,    # not used
+):
+    "The right word and another one change places in the list"
+    swap = {slots["right"]: slots["other"], slots["other"]: slots["right"]}
+    return {name: swap.get(word, word) if name.startswith("listed") else word for name, word in slots.items()}
+
+def unrelated_words(
+    slots,  # slot names and their words
+    pool,   # lists of words; "words" is used
+    rng,    # a random.Random
+):
+    "A list of words that do not occur in the clean prompt"
+    listed = [name for name in slots if name.startswith("listed")]
+    fresh = rng.sample([word for word in pool["words"] if word not in slots.values()], len(listed))
+    return {**slots, **dict(zip(listed, fresh))}
+
 # %% ../nbs/05_corruption.ipynb #f862138d
-CORRUPTIONS = {f.__name__: f for f in (unrelated_names, swap_subject, year_01, decade_start, other_gender, neutral_word)}
+CORRUPTIONS = {f.__name__: f for f in (unrelated_names, swap_subject, year_01, decade_start, other_gender, neutral_word,
+                                      other_number, other_question, swap_listed, unrelated_words)}
 
 def corruption_named(
     name,     # name of a corruption

@@ -36,12 +36,12 @@ def evaluate(
     model,           # the model that the circuit belongs to
     circuit,         # Circuit
     task,            # Task; its test pairs are taken. Or Examples from prepare
-    batch_size=32,   # examples per forward pass
+    batch_size=None, # examples per forward pass; None: as many as fit, at most 32
 ):
     "Measures of the discrete circuit on held-out pairs, by name"
     check_model(circuit, model)
     masks = on_device(circuit.masks(), model)
-    examples = task if isinstance(task, Examples) else prepare(model, task.batch("test"), output=masks.output is not None)
+    examples = task if isinstance(task, Examples) else prepare(model, task.batch("test"), output=masks.output is not None, batch_size=batch_size)
     return measures(all_masked_logits(model, examples, masks, batch_size), examples)
 
 def on_device(

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['Rows', 'Batch', 'answer_logits', 'Recording', 'nbytes', 'hooks', 'join', 'record', 'record_once', 'interpolated',
-           'circuit_logits', 'Examples', 'recording_bytes', 'prepare', 'masked_logits', 'all_masked_logits']
+           'circuit_logits', 'Examples', 'recording_bytes', 'free_bytes', 'example_bytes', 'fitting_size', 'prepare',
+           'masked_logits', 'all_masked_logits']
 
 # %% ../nbs/04_streams.ipynb #2be7a8f9
 import inspect
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 
+import psutil
 import torch
 
 from .models import frozen
@@ -183,6 +185,36 @@ def recording_bytes(
     sites = find_sites(model)
     return batch.clean.numel() * sites.n_layers * (sites.n_heads * sites.head_width + sites.mlp_width) * model.dtype.itemsize
 
+# %% ../nbs/04_streams.ipynb #b7fa819a
+def free_bytes(
+    device,  # a torch device
+):
+    "Memory that is free on the device, in bytes"
+    device = torch.device(device)
+    if device.type == "cuda":  # what torch holds without using it is free as well
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "mps": return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return psutil.virtual_memory().available
+
+def example_bytes(
+    model,  # a Hugging Face causal language model
+    batch,  # Batch of pairs
+):
+    "Memory that one example of the batch takes on its way through the model, in bytes: an estimate from above"
+    config, length, size = model.config.get_text_config(), batch.clean.shape[1], model.dtype.itemsize
+    sites = 2 * recording_bytes(model, batch[:1])                         # recorded, and masked
+    layer = 8 * length * config.hidden_size * size                        # the residual stream and what a layer makes of it
+    pattern = 3 * config.num_attention_heads * length ** 2 * max(size, 4) # attention weights, where they are computed in full
+    return sites + layer + pattern + config.vocab_size * (2 * size + 8)   # logits, and log-probabilities in single precision
+
+def fitting_size(
+    model,    # a Hugging Face causal language model
+    batch,    # Batch of pairs
+    most=32,  # examples
+):
+    "Examples per forward pass that fit into half of the free memory, at least 1"
+    return max(1, min(most, free_bytes(model.device) // 2 // example_bytes(model, batch)))
+
 # %% ../nbs/04_streams.ipynb #fd0b8983
 def prepare(
     model,           # a Hugging Face causal language model
@@ -190,11 +222,11 @@ def prepare(
     output=False,    # record what the MLPs add to the residual stream too
     memory=3 << 30,  # bytes that the recording may take; above that it is made anew for every batch
     closed=True,     # answer the corrupted prompts even where no recording is kept
-    batch_size=32,   # examples per forward pass
+    batch_size=None, # examples per forward pass; None: as many as fit, at most 32
 ):
     "Run the untouched model once on the clean and once on the corrupted prompts"
     batch = batch.to(model.device)
-    keep = recording_bytes(model, batch) <= memory
+    keep, batch_size = recording_bytes(model, batch) <= memory, batch_size or fitting_size(model, batch)
     full, answers, recordings = [], [], []
     with torch.no_grad(), frozen(model):
         for rows in torch.arange(len(batch), device=model.device).split(batch_size):
@@ -221,8 +253,9 @@ def all_masked_logits(
     model,          # a Hugging Face causal language model
     examples,       # Examples
     masks,          # SiteMasks, shared by all examples
-    batch_size=32,  # examples per forward pass
+    batch_size=None,  # examples per forward pass; None: as many as fit, at most 32
 ):
     "Answer logits of the masked model for many examples, without a gradient"
+    batch_size = batch_size or fitting_size(model, examples.batch)
     with torch.no_grad(), frozen(model):
         return torch.cat([masked_logits(model, examples[rows], masks) for rows in torch.arange(len(examples)).split(batch_size)])

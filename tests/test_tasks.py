@@ -1,5 +1,6 @@
 "Pairs, tasks and their refusals: more cases than a reader of the notebooks wants"
 import csv
+import inspect
 import json
 import random
 import warnings
@@ -13,11 +14,20 @@ from transformers import PreTrainedTokenizerFast
 
 from mgprune import tasks
 from mgprune.corruption import CORRUPTIONS, random_tokens
-from mgprune.models import InputError, load_model
+from mgprune.masks import level_shapes, site_masks
+from mgprune.models import InputError, cache_folder, load_model
+from mgprune.objective import is_right, logit_difference, probability_difference
+from mgprune.sites import find_sites
+from mgprune.streams import all_masked_logits, answer_logits, example_bytes, fitting_size, prepare
 from mgprune.tasks import Batch, Pair, Task
 
-BUILT_IN = [("ioi", "unrelated_names"), ("ioi", "swap_subject"), ("greater_than", "year_01"), ("greater_than", "decade_start"),
-            ("gendered_pronoun", "other_gender"), ("gendered_pronoun", "neutral_word")]
+UNREADABLE = ("successor",)                      # by the embedded model's tokenizer
+UNLEARNED = ("addition", "multiple_choice")      # by the embedded model
+APART = ("capital", "addition")                  # tasks whose parts ask about things of their own
+BUILT_IN = [(name, corruption) for name, fitting in tasks.FITTING.items() if name not in UNREADABLE for corruption in fitting]
+KNOWN = [two for two in BUILT_IN if two[0] not in UNLEARNED]
+FLIPS = [("ioi", "swap_subject"), ("gendered_pronoun", "other_gender"), ("subject_verb_agreement", "other_number"),
+         ("docstring", "swap_listed"), ("induction", "swap_listed"), ("capital", "other_question")]
 SMALL = (20, 10, 20)
 ROWS = [dict(clean=f"Then {a} met", corrupt=f"Then {b} met", answer=[" Anna", " Lucy"], wrong=[" Paul"])
         for a, b in (("Mary", "John"), ("Emma", "Mark"), ("Laura", "Tom"), ("Julia", "James"), ("Alice", "David"))]
@@ -43,17 +53,22 @@ def worded(words, **settings):
 
 
 def every_word():
-    texts = " ".join(tasks.IOI_TEMPLATES + tasks.YEAR_TEMPLATES + tasks.PRONOUN_TEMPLATES + ("she he",))
-    pools = (tasks.FEMALE, tasks.MALE, tasks.NEUTRAL, tasks.PLACES, tasks.THINGS, tasks.EVENTS, tasks.TRAITS, tasks.ROLES)
-    return [f" {w}" for w in texts.split() if w.isalpha()] + [f" {w}" for words in pools for w in words]
+    texts = " ".join(tasks.IOI_TEMPLATES + tasks.YEAR_TEMPLATES + tasks.PRONOUN_TEMPLATES + tasks.AGREEMENT_TEMPLATES +
+                     (tasks.CAPITAL_TEMPLATE, tasks.SUCCESSOR_TEMPLATE, tasks.CHOICE_TEMPLATE, "she he is are comes isn wasn List"))
+    pools = (tasks.FEMALE, tasks.MALE, tasks.NEUTRAL, tasks.PLACES, tasks.THINGS, tasks.EVENTS, tasks.TRAITS, tasks.ROLES,
+             tasks.NOUNS, tasks.NOUNS.values(), tasks.CAPITALS, tasks.CAPITALS.values(), tasks.FOLLOWING, tasks.FOLLOWING.values())
+    words = [w.strip("?,:.") for w in texts.split()]
+    return [f" {w}" for w in words if w.isalpha()] + words + [f" {w}" for words in pools for w in words]
 
 
 @pytest.mark.parametrize("name, corruption", BUILT_IN)
 def test_built_in_task(model, name, corruption):
     task = tasks.load(model, name, corruption=corruption)
-    assert [len(part) for part in splits(task)] == [2048, 512, 512]
     prompts = [{p.clean for p in part} for part in splits(task)]
-    assert sum(map(len, prompts)) == len(set.union(*prompts)) == 3072
+    assert sum(map(len, prompts)) == len(set.union(*prompts)) and sum(map(len, splits(task))) >= 512 and len(task.test) >= 100
+    if name not in ("capital", "subject_verb_agreement"): assert [len(part) for part in splits(task)] == [2048, 512, 512]
+    if name not in APART: assert sum(map(len, splits(task))) == sum(map(len, prompts))
+    assert len({p for part in splits(task) for p in part}) == sum(map(len, splits(task)))
     assert all(p.clean != p.corrupt for part in splits(task) for p in part)
     batch = task.batch("test")
     assert isinstance(batch, Batch) and batch.clean.shape == batch.corrupt.shape == batch.attention_mask.shape
@@ -74,13 +89,66 @@ def test_the_same_seed_gives_the_same_pairs_whatever_the_global_state(model, nam
     assert first != other and first.train != other.train
 
 
-@pytest.mark.parametrize("name, corruption", BUILT_IN)
+@pytest.mark.parametrize("name, corruption", KNOWN)
 def test_the_model_prefers_the_right_answers(model, name, corruption):
     batch = tasks.load(model, name, corruption=corruption, n=(1, 1, 64)).batch("test")
-    positions = (batch.attention_mask.cumsum(-1) - 1).clamp(0)
-    with torch.no_grad(): p = model(batch.clean, attention_mask=batch.attention_mask, position_ids=positions).logits[:, -1].softmax(-1)
+    with torch.no_grad(): p = answer_logits(model, batch.clean, batch.attention_mask).softmax(-1)
     total = lambda ids: p.gather(1, ids.clamp(0)).masked_fill(ids < 0, 0).sum(1)
-    assert (total(batch.answer) > total(batch.wrong)).float().mean() >= .98
+    assert (total(batch.answer) > total(batch.wrong)).float().mean() >= .96
+
+
+@pytest.mark.parametrize("name, corruption", FLIPS)
+def test_the_answer_flips_with_these_corruptions(model, name, corruption):
+    batch = tasks.load(model, name, corruption=corruption, n=(1, 1, 64)).batch("test")
+    with torch.no_grad(): logits = answer_logits(model, batch.corrupt, batch.attention_mask)
+    assert is_right(logits, batch).float().mean() <= .05
+
+
+@pytest.mark.parametrize("name", tasks.FITTING)
+def test_the_first_fitting_corruption_is_the_default(name):
+    assert inspect.signature(tasks.BUILT_IN[name]).parameters["corruption"].default == tasks.FITTING[name][0]
+
+
+@pytest.mark.parametrize("name", ("capital", "addition"))
+def test_no_part_asks_what_another_asks(model, name):
+    question = dict(capital=lambda p: p.answer, addition=lambda p: p.clean.split(", ")[-1])[name]
+    asked = [{question(p) for p in part} for part in splits(tasks.load(model, name))]
+    assert sum(map(len, asked)) == len(set.union(*asked)) == dict(capital=30, addition=35)[name]
+
+
+def test_sums_are_right(model):
+    for pair in tasks.addition(model, n=SMALL).test:
+        for text, answer in ((pair.clean, pair.answer), (pair.corrupt, pair.wrong)):
+            *shown, last = [part.split(" = ") for part in (text + answer[0]).split(", ")]
+            assert len(shown) == 3 and (text == pair.corrupt or last[0] not in [asked for asked, _ in shown])
+            assert all(sum(map(int, sum_.split(" + "))) == int(found) for sum_, found in (*shown, last))
+
+
+def test_digits_follow_the_tokenizer():
+    apart, joined = (tasks.addition(worded(digits, split=split), n=SMALL).test[0]
+                     for digits, split in (([], r"[0-9]| |[^0-9 ]"), ([f" {d}" for d in range(10)], r" ?[0-9]| |[^0-9 ]")))
+    assert apart.clean.endswith(" = ") and len(apart.answer[0]) == 1
+    assert joined.clean.endswith(" =") and joined.answer[0].startswith(" ")
+
+
+def test_successor_and_choice_with_a_tokenizer_that_knows_the_words():
+    knows = worded(every_word(), split=r" ?[A-Za-z]+|[0-9]| |[^A-Za-z0-9 ]")
+    task = tasks.successor(knows)
+    for pair in task.train + task.test:
+        word = lambda text: text.split()[2].rstrip(",")
+        assert pair.answer == (f" {tasks.FOLLOWING[word(pair.clean)]}",) and pair.wrong == (f" {tasks.FOLLOWING[word(pair.corrupt)]}",)
+    for corruption in tasks.FITTING["multiple_choice"]:
+        for pair in tasks.multiple_choice(knows, corruption=corruption, n=SMALL).test:
+            for text, (letter,) in ((pair.clean, pair.answer), (pair.corrupt, pair.wrong)):
+                assert f"{text.split()[-2]} ({letter})" in text
+
+
+def test_a_tokenizer_that_spells_words_out_is_refused(model):
+    with pytest.raises(InputError, match="successor does not fit this tokenizer, which spells words out in letters"): tasks.successor(model)
+    with pytest.raises(InputError, match="none of the verbs"): tasks.subject_verb_agreement(worded([]))
+    with pytest.raises(InputError, match="fewer than 20 of the built-in words for words"): tasks.induction(worded([]))
+    glued = worded(every_word() + [f"({c}" for c in "ABC"], split=r" ?[A-Za-z]+| ?\([ABC]|[0-9]| |[^A-Za-z0-9 ]")
+    with pytest.raises(InputError, match="does not read the answer '[ABC]' as the token after the prompt"): tasks.multiple_choice(glued)
 
 
 def test_people_of_the_test_never_meet_in_training(model):
@@ -95,7 +163,7 @@ def test_corruptions_change_only_their_slots(model):
         assert len((corrupt - clean)) == 3 and not {a.strip() for a in pair.answer + pair.wrong} & corrupt
     for pair in tasks.gendered_pronoun(model, n=SMALL).test:
         assert len(set(pair.clean.split()) ^ set(pair.corrupt.split())) == 2
-    assert set(CORRUPTIONS) == {corruption for _, corruption in BUILT_IN}
+    assert set(CORRUPTIONS) == {corruption for fitting in tasks.FITTING.values() for corruption in fitting}
 
 
 @pytest.mark.parametrize("split, ending", [(r" ?[A-Za-z]+|[0-9]| |[^A-Za-z0-9 ]", 1), (r" ?[0-9]{2}| ?[A-Za-z]+|[0-9]| |[^A-Za-z0-9 ]", 2)])
@@ -112,7 +180,7 @@ def test_years_follow_the_tokenizer(split, ending):
 def test_other_tokenizers_are_refused():
     with pytest.raises(InputError, match="greater_than needs the last two digits"):
         tasks.greater_than(worded(every_word() + [" 1732"], split=r" ?[A-Za-z0-9]+| |[^A-Za-z0-9 ]"))
-    with pytest.raises(InputError, match="fewer than three of the built-in words for .*female.*from_pairs"): tasks.ioi(worded([]))
+    with pytest.raises(InputError, match="fewer than 3 of the built-in words for .*female.*from_pairs"): tasks.ioi(worded([]))
 
 
 def test_few_names_give_few_prompts():
@@ -243,7 +311,7 @@ def test_files_that_cannot_be_read_are_refused(model, tmp_path):
 
 
 def test_unknown_names_are_refused_with_the_known_ones(model):
-    with pytest.raises(InputError, match="unknown task 'iio': expected ioi, greater_than, gendered_pronoun, or a file"): tasks.load(model, "iio")
+    with pytest.raises(InputError, match="unknown task 'iio': expected ioi, greater_than, .*, multiple_choice, or a file"): tasks.load(model, "iio")
     with pytest.raises(InputError, match="unknown corruption 'year_01'.*expected one of unrelated_names, swap_subject"):
         tasks.ioi(model, corruption="year_01")
     with pytest.raises(InputError, match="takes no option 'n'; expected corruption, seed, name"): tasks.load(model, "a.csv", n=3)
@@ -291,3 +359,184 @@ def test_random_tokens_keep_length_and_end(model, seed):
     read = lambda text: model.tokenizer(text).input_ids
     made = random_tokens(prompt, model, random.Random(seed))
     assert len(read(made)) == len(read(prompt)) and read(made)[-1] == read(prompt)[-1] and made != prompt
+
+
+# --- prompts of different lengths
+
+WORDS = st.lists(st.sampled_from(tasks.PLACES + tasks.THINGS), min_size=1, max_size=12)
+
+
+@given(st.lists(WORDS, min_size=1, max_size=6), st.randoms(use_true_random=False))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_two_prompts_of_a_pair_always_stand_side_by_side(model, prompts, rng):
+    text = lambda words: " ".join(("List:", *words))
+    pairs = [Pair(text(words), text(rng.choices(tasks.THINGS, k=len(words))), " book") for words in prompts]
+    batch = tasks.encode(pairs, model)
+    assert batch.clean.shape == batch.corrupt.shape == batch.attention_mask.shape
+    for i, pair in enumerate(pairs):
+        real = batch.attention_mask[i].bool()
+        assert real.sum() == len(model.tokenizer(pair.clean).input_ids) and real[-int(real.sum()):].all()
+        assert model.tokenizer.decode(batch.clean[i][real]) == pair.clean and model.tokenizer.decode(batch.corrupt[i][real]) == pair.corrupt
+        assert (batch.clean[i][~real] == batch.corrupt[i][~real]).all()
+    rows = rng.sample(range(len(pairs)), len(pairs))
+    assert (batch[rows].clean == tasks.encode([pairs[r] for r in rows], model).clean).all()
+
+
+def test_pairs_of_different_length_answer_as_they_do_alone(model):
+    task = tasks.from_pairs(model, [p for make in (tasks.ioi, tasks.capital, tasks.docstring) for p in make(model, n=(4, 4, 4)).test])
+    sites, generator = find_sites(model), torch.Generator().manual_seed(0)
+    masks = site_masks({level: torch.rand(shape, generator=generator) for level, shape in level_shapes(sites).items()}, sites)
+    lengths = task.batch("train").attention_mask.sum(-1)
+    assert len(lengths.unique()) > 2
+    together = prepare(model, task.batch("train"))
+    logits = all_masked_logits(model, together, masks)
+    for i, pair in enumerate(task.train):
+        alone = prepare(model, tasks.encode([pair], model))
+        assert alone.batch.attention_mask.all()
+        assert torch.allclose(alone.full[0], together.full[i], atol=1e-4) and torch.allclose(alone.closed[0], together.closed[i], atol=1e-4)
+        assert torch.allclose(all_masked_logits(model, alone, masks)[0], logits[i], atol=1e-4)
+
+
+def test_a_long_prompt_is_refused_by_what_the_model_takes(model):
+    unlimited = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(model.tokenizer.backend_tokenizer.to_str()), unk_token="<unknown>")
+    own = load_model()
+    own.tokenizer = unlimited
+    long = Pair("Then" + " Mary" * 64, "Then" + " John" * 64, " Anna")
+    with pytest.raises(InputError, match="pair 0: the clean prompt has 65 tokens; this model takes at most 64"): tasks.encode([long], own)
+    assert tasks.encode([long], unlimited).clean.shape == (1, 65)
+
+
+def test_an_end_token_is_not_put_behind_a_prompt(tokenizer):
+    from tokenizers import processors
+    ends = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), eos_token="<end>",
+                                   unk_token="<unknown>", pad_token="<end>")
+    ends.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<end> $A <end>", special_tokens=[("<end>", 0)])
+    with_end, plain = (tasks.ioi(t, n=SMALL).batch("test") for t in (ends, tokenizer))
+    assert (with_end.clean[:, -plain.clean.shape[1]:] == plain.clean).all() and with_end.clean.shape[1] == plain.clean.shape[1] + 1
+
+
+# --- answers
+
+def test_sets_of_answers_count_as_a_whole(model):
+    pairs = [Pair("The cats near the dog", "The cat near the dog", (" are",), (" is",)),
+             Pair("Then Mary met", "Then John met", (" Anna", " Lucy", " Emma"), (" Paul", " Mark")), Pair("Then Mary met", "Then John met", " Anna")]
+    batch = tasks.encode(pairs, model)
+    assert batch.answer.shape == (3, 3) and batch.wrong.shape == (3, 2) and (batch.wrong[2] == -1).all()
+    with torch.no_grad(): logits = answer_logits(model, batch.clean, batch.attention_mask)
+    p = logits.softmax(-1)
+    ids = lambda texts: [tasks.answer_id(t, model.tokenizer) for t in texts]
+    for i, pair in enumerate(pairs):
+        right, wrong = p[i, ids(pair.answer)].sum(), p[i, ids(pair.wrong)].sum()
+        assert torch.isclose(probability_difference(logits, batch)[i], right - wrong, atol=1e-5)
+        odds = right / (wrong if pair.wrong else 1 - right)
+        assert torch.isclose(logit_difference(logits, batch)[i], odds.log(), atol=1e-3)
+        assert is_right(logits, batch)[i] == (right > wrong if pair.wrong else p[i].argmax() in ids(pair.answer))
+    assert torch.allclose(logit_difference(logits, batch)[1:2], logit_difference(logits[1:2], tasks.encode(pairs[1:2], model)))
+
+
+@pytest.mark.parametrize("name", ("ioi", "capital", "docstring", "greater_than"))
+def test_what_follows_the_answer_changes_nothing(model, name):
+    for pair in tasks.load(model, name, n=(4, 1, 1)).train:
+        text = pair.clean + pair.answer[0] + "."
+        prompt = tasks.cut_before(text, pair.answer[0], model)
+        assert prompt == pair.clean
+        batch, ids = tasks.encode([pair], model), model.tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad(): whole = model(ids).logits[0, batch.clean.shape[1] - 1]
+        with torch.no_grad(): assert torch.allclose(answer_logits(model, batch.clean, batch.attention_mask)[0], whole, atol=1e-4)
+
+
+def test_places_that_cannot_be_cut_are_refused(model):
+    text = "Then Mary met Anna and Anna."
+    assert tasks.cut_before(text, " Anna", model, which=0) == "Then Mary met" and tasks.cut_before(text, " Anna", model) == "Then Mary met Anna and"
+    for answer, which in ((" Anna", 2), (" Anna", -3), (" Paul", -1), ("", 0)):
+        with pytest.raises(InputError, match=r"occurs [0-2] times in"): tasks.cut_before(text, answer, model, which)
+    with pytest.raises(InputError, match="is not a token of its own"): tasks.cut_before(text, " An", model)
+    with pytest.raises(InputError, match="is not a token of its own"): tasks.cut_before(text, "Anna", model)
+
+
+def test_a_space_at_the_end_of_a_prompt_warns(model):
+    rows = [dict(r, clean=r["clean"] + " ", corrupt=r["corrupt"] + " ", answer=["A"], wrong=[]) for r in ROWS]
+    known = worded(["Then", *(f" {w}" for w in "Mary John Emma Mark Laura Tom Julia James Alice David met A".split())])
+    with pytest.warns(UserWarning, match="pair 0: together with its answer 'A' the prompt is read as"): tasks.from_pairs(known, rows)
+
+
+# --- chats
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+
+
+def talking(**settings):
+    words = [f" {w}" for w in "Who met Mary Anna did".split()] + ["Who", "user", "assistant", "system"]
+    tokenizer = worded(words, split=r"<s>| ?[A-Za-z]+|[0-9]| |[^A-Za-z0-9 ]", **settings)
+    tokenizer.add_special_tokens(dict(bos_token="<s>"))
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def test_a_question_is_put_into_the_template(tokenizer):
+    plain = talking()
+    assert tasks.chat("Who met Mary?", plain, " Anna did") == "<s>[user] Who met Mary? [assistant] Anna did"
+    assert tasks.chat("Who met Mary?", plain, system="Who") == "<s>[system] Who [user] Who met Mary? [assistant]"
+    with pytest.raises(InputError, match="no chat template"): tasks.chat("Who met Mary?", tokenizer)
+
+
+def test_a_first_token_is_not_written_twice():
+    from tokenizers import processors
+    first = talking()
+    first.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", first.bos_token_id)])
+    ids = tasks.read_prompt(tasks.chat("Who met Mary?", first), first)
+    assert ids.count(first.bos_token_id) == 1 and ids[0] == first.bos_token_id
+    assert ids == first.apply_chat_template([dict(role="user", content="Who met Mary?")], add_generation_prompt=True).input_ids
+
+
+SMOLLM2 = cache_folder() / "smollm2-135m-instruct"
+
+
+@pytest.mark.skipif(not (SMOLLM2 / "tokenizer.json").exists(), reason="SmolLM2 has not been converted here")
+def test_the_template_of_smollm2():
+    from transformers import AutoTokenizer
+    real = AutoTokenizer.from_pretrained(SMOLLM2)
+    said = [dict(role="user", content="What is the capital of France?")]
+    assert tasks.read_prompt(tasks.chat(said[0]["content"], real), real) == real.apply_chat_template(said, add_generation_prompt=True).input_ids
+    pairs = [Pair(*(tasks.chat(f"What is the capital of {c}?", real, f"The capital of {c} is") for c in two), f" {tasks.CAPITALS[two[0]]}",
+                  f" {tasks.CAPITALS[two[1]]}") for two in (("France", "Japan"), ("Japan", "Italy"), ("Italy", "France"))]
+    task = tasks.from_pairs(real, pairs)
+    tokens = real.convert_ids_to_tokens(task.batch("train").clean[0])
+    assert tokens.count("<|im_start|>") == 3 and tokens[-1] == "\u0120is" and tokens.count("<|im_end|>") == 2
+    assert all(len(tasks.load(real, name, n=(2, 2, 2)).test) == 2 for name in tasks.BUILT_IN)
+
+
+# --- how many at once
+
+def test_the_batch_is_smaller_where_memory_is_short(model, monkeypatch):
+    examples = prepare(model, tasks.ioi(model, n=SMALL).batch("test"))
+    each, seen = example_bytes(model, examples.batch), []
+    for free, size in ((1, 1), (10 * each, 5), (1 << 60, 32)):
+        monkeypatch.setattr("mgprune.streams.free_bytes", lambda device: free)
+        assert fitting_size(model, examples.batch) == size
+        hook = model.register_forward_pre_hook(lambda module, args, named: seen.append(len(named["input_ids"])), with_kwargs=True)
+        again = prepare(model, examples.batch)
+        hook.remove()
+        assert max(seen) == min(size, len(again)) and torch.allclose(again.full, examples.full, atol=1e-4)
+        seen.clear()
+
+
+@pytest.mark.parametrize("attention", ("sdpa", "eager"))
+@pytest.mark.parametrize("length", (8, 60))
+def test_the_estimate_covers_what_a_pass_takes(attention, length):
+    model = load_model()
+    model.set_attn_implementation(attention)
+    text = "List:" + " book" * (length - 2)
+    batch = tasks.encode([Pair(text, text, " lamp")] * 16, model)
+    prepare(model, batch)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run: prepare(model, batch, batch_size=16)
+    events = sorted((e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    held = torch.tensor([e.nbytes() for e in events]).cumsum(0)
+    assert held.max() / 16 < example_bytes(model, batch) < 6 * held.max() / 16
+
+
+def test_the_command_line_lists_tasks_and_corruptions(capsys):
+    from mgprune.cli import main
+    with pytest.raises(SystemExit): main(["discover", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for name, fitting in tasks.FITTING.items(): assert name in said and f"{name}: {' or '.join(fitting)}" in said
