@@ -257,8 +257,10 @@ def plot_scores(
         axes.axvline(0, color="0.4", lw=.8)
         for part, colour in ((s[s <= 0], "0.6"), (s[s > 0], COLOURS[level])): axes.hist(part.tolist(), edges, color=colour)
         axes.set(yscale="log", ylim=(.5, None))
-        share = (s.abs() < HALF_WAY).float().mean().item()
-        axes.set_title(f"{SPOKEN[level]}: {int((s > 0).sum()):,} of {len(s):,} above the threshold, {share:.1%} undecided", fontsize=7, loc="left")
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        kept, share = circuit.kept.get(level, s > 0).sum().item(), (s.abs() < HALF_WAY).float().mean().item()
+        axes.set_title(f"{SPOKEN[level]}: {kept:,} of {len(s):,} kept, {share:.1%} undecided", fontsize=7, loc="left")
         axes.tick_params(labelsize=7)
         sns.despine(ax=axes)
     axes.set_xlabel("score above the threshold (log alpha)", fontsize=8)
@@ -308,7 +310,7 @@ def plot_comparison(
     counts = {part: f"{int(neurons[part].sum()):,} attention and {int(mlps[part].sum()):,} MLP neurons" for part in BOTH}
     titles = dict(both="both", first=f"only {names[0]}", second=f"only {names[1]}")
     axes.legend(handles=[Patch(color=c, label=f"{titles[p]}: {counts[p]}") for p, c in BOTH.items()], fontsize=7, frameon=False,
-                loc="upper center", bbox_to_anchor=(.5, .04))
+                loc="upper center", bbox_to_anchor=(0, -2), bbox_transform=axes.transData)
     return figure
 
 # %% ../nbs/12_plots.ipynb #bdab7d9b
