@@ -6,11 +6,11 @@
 __all__ = ['AXES', 'WRITERS', 'BIASES', 'GPT2_CUTS', 'LLAMA_CUTS', 'CUTS', 'level_table', 'table', 'dot_box', 'dot', 'svg', 'mib',
            'mib_edges', 'as_numbers', 'title_and_facts', 'view', 'write', 'constants', 'rebuilt', 'fold', 'silenced',
            'fold_outputs', 'layers_to_keep', 'in_parts', 'head_slots', 'take', 'placements', 'smaller_settings',
-           'shrunk', 'check_same', 'parameters', 'removed', 'write_folder', 'export', 'card', 'to_folder',
+           'shrunk', 'check_same', 'parameters', 'sizes', 'silent', 'write_folder', 'export', 'card', 'to_folder',
            'push_to_hub', 'from_hub']
 
-# %% ../nbs/16_export.ipynb #b78a0400
-import base64, html, json, os, shutil, string, tempfile
+# %% ../nbs/16_export.ipynb #8b0a5aea
+import base64, html, json, os, string, tempfile
 from copy import deepcopy
 from dataclasses import replace
 from io import BytesIO
@@ -24,9 +24,9 @@ from huggingface_hub import HfApi, snapshot_download
 from matplotlib.colors import to_hex
 
 from .circuit import Circuit, check_model, load, lowest, write_together
-from .models import EMBEDDED, InputError, fingerprint, frozen
+from .models import EMBEDDED, InputError
 from .plots import SPOKEN, head_shares, mlp_shares, outgoing, plot_circuit, shade
-from .sites import LLAMA, FAMILIES, find_sites
+from .sites import find_sites
 from .streams import Recording, record
 
 # %% ../nbs/16_export.ipynb #d64244c7
@@ -381,28 +381,35 @@ def check_same(
         f"a smaller {type(twin).__name__} would not compute what this circuit computes: its layers do something that is not known here. "
         "Export with smaller=False")
 
-# %% ../nbs/16_export.ipynb #c2f3fca3
+# %% ../nbs/16_export.ipynb #73a89e9c
 def parameters(
     model,  # any torch module
 ):
     "Number of its parameters, shared ones counted once"
     return sum(p.numel() for p in model.parameters())
 
-def removed(
-    circuit,  # Circuit
-    model,    # the model that it belongs to
-    small,    # the model to write
+def sizes(
+    model,  # the model that the circuit belongs to
+    small,  # the model to write
 ):
     "What the exported model has of what the original has: name -> (original, exported)"
     old, new = find_sites(model), find_sites(small)
     return dict(parameters=(parameters(model), parameters(small)), layers=(old.n_layers, new.n_layers),
                 heads_per_layer=(old.n_heads, new.n_heads), key_heads_per_layer=(old.n_groups, new.n_groups),
                 neurons_per_mlp=(old.mlp_width, new.mlp_width),
-                zeros=(0, sum(int((w == 0).all(-1).sum()) for n in (*new.attention, *new.mlp) for w in [outgoing(small.get_submodule(n))])))
+                silent_neurons=(silent(model, old), silent(small, new)))
 
+def silent(
+    model,  # a Hugging Face causal language model
+    sites,  # of the model
+):
+    "Number of neurons that write nothing, because all their weights there are zero"
+    return sum(int((outgoing(model.get_submodule(name)) == 0).all(-1).sum()) for name in (*sites.attention, *sites.mlp))
+
+# %% ../nbs/16_export.ipynb #cb272058
 def write_folder(
-    path,   # of a folder that does not exist yet, or is empty
-    write,  # writes into the folder that it is given
+    path,  # of a folder that does not exist yet, or is empty
+    fill,  # writes into the folder that it is given
 ):
     "Fill a folder in one step, so that a failure leaves none"
     path = Path(path)
@@ -412,12 +419,12 @@ def write_folder(
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as half_written:
             (Path(half_written) / "new").mkdir()
-            write(Path(half_written) / "new")
+            fill(Path(half_written) / "new")
             os.replace(Path(half_written) / "new", path)
     except OSError as e: raise InputError(f"cannot write into {str(path.parent)!r}: {e.strerror or e}. Choose a folder you may write to") from e
     return path
 
-# %% ../nbs/16_export.ipynb #9cf06ec4
+# %% ../nbs/16_export.ipynb #b9de265c
 def export(
     circuit,       # Circuit
     model,         # the model that it belongs to
@@ -436,7 +443,7 @@ def export(
         if getattr(model, "tokenizer", None): model.tokenizer.save_pretrained(folder)
         circuit.save(folder / "circuit.json")
     write_folder(path, fill)
-    return removed(circuit, model, small)
+    return sizes(model, small)
 
 Circuit.export = export
 

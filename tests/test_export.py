@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
 from mgprune import export, planted, tasks
-from mgprune.circuit import Circuit, edge_counts, from_kept, from_scores, jaccard
+from mgprune.circuit import Circuit, edge_counts, from_kept, from_scores
 from mgprune.export import constants, parameters, to_folder
 from mgprune.masks import LEVELS, level_shapes
 from mgprune.models import InputError, load_model
@@ -172,7 +172,7 @@ def test_every_level_is_exported(name, tmp_path):
 def test_the_whole_model_stays_what_it_is(tmp_path):
     model = random_model("llama")
     small, about = exported(from_kept({}, find_sites(model)), model, tmp_path / "x")
-    assert all(old == new for name, (old, new) in about.items() if name != "zeros") and about["zeros"] == (0, 0)
+    assert all(old == new for name, (old, new) in about.items() if name != "silent_neurons") and about["silent_neurons"] == (0, 0)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), small.parameters()))
 
 
@@ -180,7 +180,7 @@ def test_without_removing_the_shape_stays(tmp_path):
     model = random_model("llama")
     circuit, batch = random_circuit(model, .3), random_batch(model)
     small, about = exported(circuit, model, tmp_path / "x", smaller=False)
-    assert about["parameters"][0] == about["parameters"][1] and about["zeros"][1] > 0
+    assert about["parameters"][0] == about["parameters"][1] and about["silent_neurons"][1] > 0
     torch.testing.assert_close(run(small, batch), under(model, circuit, batch, constants(model)), atol=1e-4, rtol=1e-4)
 
 

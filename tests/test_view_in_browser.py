@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mgprune.circuit import Circuit, from_kept, from_scores, lowest
+from mgprune.circuit import from_kept, from_scores, lowest
 from mgprune.masks import LEVELS, level_shapes
 from mgprune.models import load_model
 from mgprune.sites import Sites, find_sites
