@@ -150,12 +150,13 @@ Circuit.plot = plot_circuit
 def threshold_of(
     circuit,  # Circuit with scores
 ):
-    "The score above which neurons are kept: the search's, or for other circuits the highest score of a closed neuron"
-    threshold = circuit.provenance.get("settings", {}).get("threshold", -torch.inf)
+    "The score above which neurons are kept: the search's, or the highest score of a closed neuron where the circuit was cut elsewhere"
     ranked = lowest(circuit.scores, circuit.sites)
-    closed = torch.cat([s[~circuit.kept[l]] for l, s in ranked.items()])
-    if threshold > -torch.inf: return threshold
-    return closed.max().item() if len(closed) else min(s.min().item() for s in ranked.values())
+    closed, kept = (torch.cat([s[circuit.kept[l] == side] for l, s in ranked.items()]).tolist() for side in (False, True))
+    low, high = max(closed, default=-torch.inf), min(kept, default=torch.inf)
+    threshold = circuit.provenance.get("settings", {}).get("threshold", low)
+    if low < high and not low <= threshold < high: threshold = low
+    return threshold if threshold > -torch.inf else high
 
 def margins(
     circuit,  # Circuit with scores
@@ -467,9 +468,8 @@ def save_figures(
     circuit,  # Circuit
     folder,   # where the PNG files go
 ):
-    "Write every figure that the circuit has into a folder, and return their paths"
+    "Write the figures of a circuit, and of the search it comes from, into a folder, and return their paths"
     figures = dict(circuit=plot_circuit, heads=plot_heads, neurons=plot_neurons)
-    if circuit.scores: figures["scores"] = plot_scores
     if circuit.provenance.get("history"): figures["training"] = plot_training
     Path(folder).mkdir(parents=True, exist_ok=True)
     paths = {name: Path(folder) / f"{name}.png" for name in figures}
