@@ -12,6 +12,7 @@ import hashlib, json, os, tempfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, ClassVar
 
 import torch
 from safetensors.torch import load as load_arrays, save as save_arrays
@@ -22,9 +23,17 @@ from .models import InputError, fingerprint
 from .sites import Sites, find_sites
 from .streams import interpolated, record
 
+# %% ../nbs/08_circuit.ipynb #6373ec88
+class Extended:
+    "Tells type checkers that cells below and later modules add methods to Circuit"
+    if TYPE_CHECKING:
+        load: ClassVar[Callable[..., Any]]
+        from_hub: ClassVar[Callable[..., Any]]
+        def __getattr__(self, name: str) -> Any: ...
+
 # %% ../nbs/08_circuit.ipynb #eb8b5ff3
 @dataclass(frozen=True, eq=False)
-class Circuit:
+class Circuit(Extended):
     "The nodes that carry a behaviour, with their scores and their origin"
     kept: dict         # level -> boolean tensor [layers, ...], closed
     sites: Sites       # of the model that the nodes belong to

@@ -201,13 +201,21 @@ def test_version_agrees():
     assert f'__version__ = "{settings()["version"]}"' in text
 
 
+def test_citation_and_changelog_name_the_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert str(citation["version"]) == settings()["version"] and citation["repository-code"] == settings()["git_url"]
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    latest = re.search(r"(?m)^## (\S+?),? ", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
+    assert latest[1] == settings()["version"]
+
+
 def test_constraints_meet_the_requirements():
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "only plain name==version lines"
     pins = {name.lower().replace("_", "-"): version for name, version in (line.split("==") for line in lines)}
-    for key in ("requirements", "smollm2_requirements", "dev_requirements"):
+    for key in (key for key in settings() if key.endswith("requirements")):
         for requirement in map(Requirement, settings()[key].split()):
-            assert requirement.specifier.contains(pins[requirement.name]), f"{requirement} in settings.ini"
+            assert requirement.specifier.contains(pins[requirement.name.lower().replace("_", "-")]), f"{requirement} in settings.ini"
 
 
 def test_readme_is_what_index_says():

@@ -1,0 +1,315 @@
+"""What leaves the library: smaller checkpoints that compute what the circuit does, pages, graphs, tables, and the hub."""
+import base64
+import json
+import re
+import xml.etree.ElementTree as xml
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
+
+from mgprune import export, planted, tasks
+from mgprune.circuit import Circuit, edge_counts, from_kept, from_scores
+from mgprune.export import constants, parameters, to_folder
+from mgprune.masks import LEVELS, level_shapes
+from mgprune.models import InputError, load_model
+from mgprune.sites import find_sites
+from mgprune.streams import Batch, answer_logits, interpolated
+
+SHAPE = dict(vocab_size=60, hidden_size=64, intermediate_size=48, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
+             bos_token_id=0, eos_token_id=0, pad_token_id=0)
+MODELS = dict(
+    gpt2=lambda: GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=64, n_inner=48, n_layer=4, n_head=8, n_positions=32, bos_token_id=0, eos_token_id=0)),
+    llama=lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+    llama_tied_and_biased=lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, tie_word_embeddings=True)),
+    mistral=lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=4)),
+    qwen2=lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
+    qwen3=lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16)),
+    smollm3=lambda: SmolLM3ForCausalLM(SmolLM3Config(**SHAPE)))
+architectures = pytest.mark.parametrize("name", MODELS)
+
+
+def random_model(name):
+    "A model whose weights and biases are all random, so that a bias that is lost shows"
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    with torch.no_grad():
+        for p in model.parameters(): p.copy_(torch.randn_like(p) * (0.3 if p.dim() > 1 else 0.5) + (p.dim() == 1))
+    return model
+
+
+def random_circuit(model, share, seed=0, levels=("block", "head", "mlp", "attention_neuron", "mlp_neuron")):
+    torch.manual_seed(seed)
+    return from_kept({l: torch.rand(s) < (share if "_" in l else .6) for l, s in level_shapes(find_sites(model), levels).items()}, find_sites(model))
+
+
+def random_batch(model, n=4, length=9):
+    clean, corrupt = torch.randint(1, model.config.vocab_size, (2, n, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(clean)
+    mask[0, :3] = 0
+    none = torch.full((n, 1), -1)
+    return Batch(clean, corrupt, mask, none, none)
+
+
+def run(model, batch):
+    with torch.no_grad(): return answer_logits(model, batch.clean, batch.attention_mask)
+
+
+def under(model, circuit, batch, held):
+    "Logits of the circuit with closed nodes at constants, by hooks"
+    with interpolated(model, circuit.masks(), held): return run(model, batch)
+
+
+def exported(circuit, model, path, **options):
+    about = circuit.export(model, path, **options)
+    small = AutoModelForCausalLM.from_pretrained(path).eval()
+    assert sum(p.numel() for p in small.parameters()) == about["parameters"][1] and parameters(model) == about["parameters"][0]
+    return small, about
+
+
+# --- smaller checkpoints
+
+@architectures
+@pytest.mark.parametrize("share", (.1, .7))
+def test_the_smaller_model_computes_the_circuit(name, share, tmp_path):
+    model = random_model(name)
+    batch = random_batch(model)
+    for seed in range(4):
+        circuit = random_circuit(model, share, seed)
+        small, about = exported(circuit, model, tmp_path / str(seed))
+        wanted = under(model, circuit, batch, constants(model))
+        assert (wanted - run(model, batch)).abs().max() > .1  # the circuit does something else than the model
+        torch.testing.assert_close(run(small, batch), wanted, atol=1e-4, rtol=1e-4)
+        assert about["parameters"][1] < about["parameters"][0]
+        assert about["neurons_per_mlp"][1] == max(1, circuit.kept["mlp_neuron"].sum(-1).max())
+
+
+@pytest.mark.parametrize("name", ("gpt2", "llama", "llama_tied_and_biased", "smollm3"))
+def test_means_go_into_the_biases(name, tmp_path):
+    model = random_model(name)
+    batch = random_batch(model)
+    for seed in range(4):
+        circuit = random_circuit(model, .3, seed)
+        small, _ = exported(circuit, model, tmp_path / str(seed), means=batch)
+        wanted = under(model, circuit, batch, constants(model, batch))
+        assert (wanted - under(model, circuit, batch, constants(model))).abs().max() > .1  # means are not zeros
+        torch.testing.assert_close(run(small, batch), wanted, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ("mistral", "qwen2", "qwen3"))
+def test_means_without_a_bias_to_hold_them_are_refused(name, tmp_path):
+    model = random_model(name)
+    with pytest.raises(InputError, match="no bias that could hold the means"):
+        random_circuit(model, .3).export(model, tmp_path / "x", means=random_batch(model))
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_mean_is_over_tokens_and_not_over_padding():
+    model = random_model("gpt2")
+    batch = random_batch(model)
+    seen = []
+    handle = model.get_submodule(find_sites(model).mlp[1]).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad(): answer_logits(model, batch.corrupt, batch.attention_mask)
+    handle.remove()
+    by_hand = torch.cat([row[mask.bool()] for row, mask in zip(seen[0], batch.attention_mask)]).mean(0)
+    torch.testing.assert_close(constants(model, batch).mlp[1].flatten(), by_hand)
+
+
+def test_means_of_a_large_batch_are_those_of_the_whole():
+    model = random_model("gpt2")
+    batch = random_batch(model, n=70)
+    whole, parts = constants(model, batch), [constants(model, batch[rows]) for rows in torch.arange(70).split(7)]
+    weights = torch.tensor([batch[rows].attention_mask.sum() for rows in torch.arange(70).split(7)]) / batch.attention_mask.sum()
+    torch.testing.assert_close(whole.attention[2], sum(w * p.attention[2] for w, p in zip(weights, parts)))
+
+
+@pytest.mark.parametrize("architecture", planted.ARCHITECTURES)
+@pytest.mark.parametrize("task", ("ioi", "greater_than", "gendered_pronoun"))
+def test_planted_circuits(architecture, task, tmp_path):
+    model, nodes = planted.build(3, .01, architecture)
+    circuit, batch = from_kept(nodes[task], find_sites(model)), tasks.load(model, task).batch("test")[:64]
+    small, about = exported(circuit, model, tmp_path / "small")
+    torch.testing.assert_close(run(small, batch), under(model, circuit, batch, constants(model)), atol=1e-4, rtol=1e-4)
+    assert about["neurons_per_mlp"][1] == nodes[task]["mlp_neuron"].sum(-1).max()
+    assert about["heads_per_layer"][1] < 8 or architecture == "gpt2"
+
+
+def test_the_embedded_model(tmp_path):
+    model = load_model()
+    batch = tasks.ioi(model).batch("test")[:64]
+    circuit = random_circuit(model, .5)
+    small, about = exported(circuit, model, tmp_path / "small")
+    torch.testing.assert_close(run(small, batch), under(model, circuit, batch, constants(model)), atol=1e-4, rtol=1e-4)
+    again = load_model(tmp_path / "small")
+    assert again.tokenizer.get_vocab() == model.tokenizer.get_vocab() and Circuit.from_hub(tmp_path / "small", model) == circuit
+
+
+@architectures
+def test_closed_layers_go_and_leave_their_constant(name, tmp_path):
+    model = random_model(name)
+    batch = random_batch(model)
+    for closed in ([1, 2], [0, 3], [0, 1, 2, 3]):
+        kept = torch.ones(4, dtype=torch.bool)
+        kept[closed] = False
+        circuit = from_kept({"block": kept}, find_sites(model))
+        small, about = exported(circuit, model, tmp_path / str(len(closed) + closed[0] / 10))
+        torch.testing.assert_close(run(small, batch), under(model, circuit, batch, constants(model)), atol=1e-4, rtol=1e-4)
+        assert about["layers"][1] < 4
+
+
+@pytest.mark.parametrize("name", ("gpt2", "llama"))
+def test_every_level_is_exported(name, tmp_path):
+    model = random_model(name)
+    batch = random_batch(model)
+    circuit = random_circuit(model, .5, levels=LEVELS)
+    for means in (None, batch):
+        small, _ = exported(circuit, model, tmp_path / str(means is None), means=means)
+        torch.testing.assert_close(run(small, batch), under(model, circuit, batch, constants(model, means)), atol=2e-4, rtol=1e-4)
+
+
+def test_the_whole_model_stays_what_it_is(tmp_path):
+    model = random_model("llama")
+    small, about = exported(from_kept({}, find_sites(model)), model, tmp_path / "x")
+    assert all(old == new for name, (old, new) in about.items() if name != "silent_neurons") and about["silent_neurons"] == (0, 0)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), small.parameters()))
+
+
+def test_without_removing_the_shape_stays(tmp_path):
+    model = random_model("llama")
+    circuit, batch = random_circuit(model, .3), random_batch(model)
+    small, about = exported(circuit, model, tmp_path / "x", smaller=False)
+    assert about["parameters"][0] == about["parameters"][1] and about["silent_neurons"][1] > 0
+    torch.testing.assert_close(run(small, batch), under(model, circuit, batch, constants(model)), atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_that_export_does_not_understand_is_not_written(tmp_path):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=64, n_layer=3, n_head=8, n_positions=32, bos_token_id=0, eos_token_id=0,
+                                       scale_attn_by_inverse_layer_idx=True, initializer_range=.5)).eval()
+    circuit = from_kept({"block": torch.tensor([True, False, True])}, find_sites(model))  # the last layer would count as the second
+    with pytest.raises(InputError, match="Export with smaller=False"): circuit.export(model, tmp_path / "x")
+    assert [*tmp_path.iterdir()] == []
+    circuit.export(model, tmp_path / "x", smaller=False)
+
+
+def test_the_model_is_left_as_it_was_and_others_are_refused(tmp_path):
+    model = load_model()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    circuit = Circuit(random_circuit(model, .5).kept, find_sites(model), provenance=dict(model="embedded", fingerprint="0" * 16))
+    with pytest.raises(InputError, match="fingerprint"): circuit.export(model, tmp_path / "x")
+    random_circuit(model, .5).export(model, tmp_path / "x", means=tasks.ioi(model))
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items()) and model.tokenizer
+
+
+def test_a_failed_export_leaves_no_folder(tmp_path, monkeypatch):
+    model = random_model("gpt2")
+    def fail(*args, **options): raise OSError("disk full")
+    monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", fail)
+    with pytest.raises(InputError, match="disk full"): random_circuit(model, .5).export(model, tmp_path / "x")
+    assert [*tmp_path.iterdir()] == []
+
+
+# --- graphs, tables and the page
+
+@pytest.fixture(scope="module")
+def scored():
+    "A circuit of the embedded model by random scores at all levels"
+    sites = find_sites(load_model())
+    torch.manual_seed(0)
+    return from_scores({l: torch.randn(s) + 1 for l, s in level_shapes(sites).items()}, sites, .3)
+
+
+def test_circuits_without_scores_have_all_but_scores(scored, tmp_path):
+    bare = Circuit(scored.kept, scored.sites)
+    assert bare.table().score.isna().all() and scored.table().score.notna().all()
+    assert all("score" not in node for node in bare.mib()["nodes"].values())
+    for ending in export.WRITERS: assert bare.write(tmp_path / f"bare{ending}").stat().st_size > 100
+    assert json.loads((tmp_path / "bare.mib.json").read_text()) == bare.mib()
+
+
+def test_mib_edges_are_the_graphs_own(scored):
+    graph = scored.mib(edges=True)
+    assert (sum(e["in_graph"] for e in graph["edges"].values()), len(graph["edges"])) == edge_counts(scored)["ACDC"]
+    assert {*graph} == {"cfg", "nodes", "edges"} and {*graph["cfg"]} == {"n_layers", "n_heads", "d_model", "parallel_attn_mlp"}
+    assert all(re.fullmatch(r"input|logits|a\d+\.h\d+|m\d+", name) for name in graph["nodes"])
+    assert {end.split("<")[0] for name in graph["edges"] for end in name.split("->")} == {*graph["nodes"]}
+    assert all(("<" in name) == bool(re.search(r"->a\d+\.h\d+<[qkv]>$", name)) for name in graph["edges"])
+
+
+def test_dot_links_every_box_to_the_stream(scored):
+    text = scored.dot()
+    boxes = {*re.findall(r'^  ([am]\d\w*) \[label="(?:head|MLP)', text, re.M)}
+    assert boxes == {f"a{l}_h{h}" for l, h in scored.heads()} | {f"m{l}" for l in scored.mlps()}
+    links = re.findall(r"^  (\w+) -> (\w+)", text, re.M)
+    assert all(sum(a == box for a, _ in links) == 1 == sum(b == box for _, b in links) for box in boxes)
+    assert links[-1][1] == "answer" and links[0][0] == "stream"
+
+
+def test_svg_is_whole_and_repeats(scored):
+    assert xml.fromstring(scored.svg()).tag == "{http://www.w3.org/2000/svg}svg" and scored.svg() == scored.svg()
+
+
+def test_the_page_holds_the_circuit_and_asks_for_nothing(scored):
+    page = scored.view()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    for level, kept in scored.kept.items():
+        bits = np.unpackbits(np.frombuffer(base64.b64decode(data["kept"][level]), np.uint8))[:kept.numel()]
+        assert torch.equal(torch.from_numpy(bits).bool(), kept.flatten())
+    assert not re.search(r"(src|href)=|url\(|@import|fetch\(", page) and "default-src 'none'" in page
+
+
+def test_names_on_the_page_are_text_and_not_code(scored):
+    page = Circuit(scored.kept, scored.sites, provenance=dict(model="</title><script>alert(1)</script>", task="$data")).view()
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page and page.count("$data") == 2
+
+
+# --- the hub
+
+class Recorder:
+    "Stands for the hub: writes down what it is asked, and keeps the files"
+    def __init__(self): self.asked, self.files = [], {}
+    def create_repo(self, repo, **options): self.asked.append(("create", repo, options))
+    def upload_folder(self, repo_id, folder_path, commit_message):
+        self.asked.append(("upload", repo_id, commit_message))
+        self.files = {path.name: path.read_bytes() for path in folder_path.iterdir()}
+        return f"https://hub/{repo_id}"
+
+
+def test_push_sends_what_from_hub_reads(scored, tmp_path, monkeypatch):
+    hub = Recorder()
+    monkeypatch.setattr(export, "HfApi", lambda: hub)
+    assert scored.push_to_hub("me/ioi", private=True, message="first") == "https://hub/me/ioi"
+    assert hub.asked == [("create", "me/ioi", dict(private=True, exist_ok=True)), ("upload", "me/ioi", "first")]
+    assert {*hub.files} == {"circuit.json", "circuit.safetensors", "view.html", "circuit.svg", "README.md"}
+    for name, content in hub.files.items(): (tmp_path / name).write_bytes(content)
+    asked = []
+    monkeypatch.setattr(export, "snapshot_download", lambda repo, **options: asked.append((repo, options)) or str(tmp_path))
+    again = Circuit.from_hub("me/ioi", revision="v1")
+    assert again == scored and all(torch.equal(s, again.scores[l]) for l, s in scored.scores.items())
+    assert asked == [("me/ioi", dict(revision="v1", allow_patterns=["circuit.json", "circuit.safetensors"]))]
+
+
+def test_the_card_says_where_the_circuit_comes_from(scored, tmp_path):
+    about = dict(model="embedded", task="ioi", fingerprint="0123", seed=7, versions=dict(torch="2"), metrics=dict(kl=.1, accuracy=.9, full_accuracy=1.))
+    text = (to_folder(Circuit(scored.kept, scored.sites, provenance=about), tmp_path / "x", "me/ioi") / "README.md").read_text()
+    assert text.startswith("---\nlibrary_name: mgprune\n") and "Circuit.from_hub('me/ioi', model)" in text
+    assert all(part in text for part in ("# Circuit of embedded for ioi", "KL 0.1", "| seed | 7 |", "| torch version | 2 |", "load_model('embedded')"))
+
+
+def test_a_hub_that_refuses_is_reported(scored, monkeypatch):
+    class Closed(Recorder):
+        def create_repo(self, repo, **options): raise OSError("401 Client Error\nsecond line")
+    monkeypatch.setattr(export, "HfApi", Closed)
+    with pytest.raises(InputError, match="the hub did not take 'me/ioi': 401 Client Error. Log in"): scored.push_to_hub("me/ioi")
+
+
+def test_a_folder_without_a_circuit_is_refused(tmp_path):
+    with pytest.raises(InputError, match="cannot read the circuit"): Circuit.from_hub(tmp_path)
+    with pytest.raises(InputError, match="no such circuit could be read"): Circuit.from_hub("me/not there!")
+
+
+def test_folders_are_never_overwritten(scored, tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(InputError, match="exists already"): to_folder(scored, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
