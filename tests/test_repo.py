@@ -205,7 +205,7 @@ def test_constraints_meet_the_requirements():
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines), "only plain name==version lines"
     pins = {name.lower().replace("_", "-"): version for name, version in (line.split("==") for line in lines)}
-    for key in ("requirements", "smollm2_requirements", "dev_requirements"):
+    for key in ("requirements", "smollm2_requirements", "dev_requirements", "browser_requirements"):
         for requirement in map(Requirement, settings()[key].split()):
             assert requirement.specifier.contains(pins[requirement.name]), f"{requirement} in settings.ini"
 
