@@ -34,7 +34,7 @@ test: $(VENV)/.tools
 docs: $(VENV)/.tools
 	$(BIN)/python -W ignore .ci/docs.py
 
-browser: $(VENV)/.tools
+browser: docs
 	$(INSTALL) -e '.[browser]'
 	$(BIN)/python tests/browser/widget.py
 	$(BIN)/python tests/browser/site.py
