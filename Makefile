@@ -14,12 +14,13 @@ export MPLBACKEND := agg
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test docs notebooks install clean
+.PHONY: help demo test docs browser notebooks install clean
 
 help:
 	@echo 'make demo       find the IOI circuit of the embedded model; writes it, its figures and a summary into demo/'
 	@echo 'make test       run the tests in the notebooks and in tests/'
 	@echo 'make docs       build the documentation site into _docs/'
+	@echo 'make browser    drive the explorer in JupyterLab and visit every page of _docs/, in an installed Chromium'
 	@echo 'make notebooks  run every notebook and save its outputs'
 	@echo 'make clean      remove the environment and everything built'
 
@@ -33,13 +34,18 @@ test: $(VENV)/.tools
 docs: $(VENV)/.tools
 	$(BIN)/python -W ignore .ci/docs.py
 
+browser: docs
+	$(INSTALL) -e '.[browser]'
+	$(BIN)/python tests/browser/widget.py
+	$(BIN)/python tests/browser/site.py
+
 notebooks: $(VENV)/.tools
 	$(BIN)/python .ci/execute.py
 
 install: $(VENV)/.tools
 
 clean:
-	rm -rf $(VENV) _docs _proc build dist *.egg-info demo .pytest_cache .hypothesis
+	rm -rf $(VENV) _docs _proc _browser build dist *.egg-info demo .pytest_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,7 +1,7 @@
 """Find the circuit behind a language model's behaviour, at every granularity at once."""
 __version__ = "0.1.0"
 
-from mgprune import export, plots, tasks
+from mgprune import export, plots, tasks, widgets
 from mgprune.circuit import Circuit
 from mgprune.evaluation import evaluate
 from mgprune.models import load_model
