@@ -88,7 +88,7 @@ def lowest(
     "Each neuron's lowest score on its way up the tree: level -> tensor, for the finest levels that have scores"
     shapes, result, scores = level_shapes(sites, LEVELS), {}, by_neuron(scores, sites)
     for *above, finest in (("block", "attention", "head", "attention_neuron"), MLP_LEVELS, ("block", "mlp", "mlp_output")):
-        path = [scores[l].detach().double().cpu() for l in (*above, finest) if l in scores]
+        path = [scores[l].detach().cpu().double() for l in (*above, finest) if l in scores]
         if not path or (finest == "mlp_output" and finest not in scores): continue
         spread = [s.reshape(*s.shape, *[1] * (len(shapes[finest]) - s.dim())).expand(shapes[finest]) for s in path]
         result[finest] = torch.stack(spread).amin(0) + TIE * spread[-1]

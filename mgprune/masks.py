@@ -37,7 +37,9 @@ def level_shapes(
     s = sites
     shapes = dict(block=(), attention=(), head=(s.n_heads,), mlp=(), expert=(s.n_experts,),
                   attention_neuron=(s.n_heads, s.head_width), mlp_neuron=(s.mlp_width,), mlp_output=(s.width,))
-    return {l: (s.n_layers, *shapes[l]) for l in check_levels(levels) if l != "expert" or s.n_experts}
+    levels = [l for l in check_levels(levels) if l != "expert" or s.n_experts]
+    if not levels: raise InputError("levels='expert': this model has no experts. Ask for another level")
+    return {l: (s.n_layers, *shapes[l]) for l in levels}
 
 # %% ../nbs/03_masks.ipynb #1247c5ef
 @lru_cache(maxsize=None)

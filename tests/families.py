@@ -9,7 +9,7 @@ VOCABULARY, LENGTHS = 61, (6, 4, 5)
 PLAIN = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=40, num_attention_heads=4)
 GROUPED = PLAIN | dict(num_key_value_heads=2)
 WIDE = GROUPED | dict(head_dim=12)  # heads × head width is not the width of the residual stream
-MIXTURE = WIDE | dict(num_experts_per_tok=2, moe_intermediate_size=12)
+MIXTURE = WIDE | dict(num_experts_per_tok=2, moe_intermediate_size=16)
 
 # by `config.model_type`: what makes the tiny model a fair example of its family
 TINY = {
@@ -32,7 +32,7 @@ TINY = {
     "qwen2_moe": MIXTURE | dict(num_experts=4, shared_expert_intermediate_size=20),
     "qwen3_moe": MIXTURE | dict(num_experts=4),
     "olmoe": GROUPED | dict(num_experts=4, num_experts_per_tok=2),
-    "deepseek_v3": PLAIN | dict(num_key_value_heads=4, moe_intermediate_size=12, n_routed_experts=4, n_shared_experts=2, num_experts_per_tok=2,
+    "deepseek_v3": PLAIN | dict(num_key_value_heads=4, moe_intermediate_size=16, n_routed_experts=4, n_shared_experts=2, num_experts_per_tok=2,
                                 n_group=2, topk_group=1, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8, v_head_dim=12,
                                 qk_rope_head_dim=4, qk_nope_head_dim=8),
     "gpt_oss": WIDE | dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
@@ -40,9 +40,10 @@ TINY = {
 SPECIAL = dict(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, pad_token_id=0)
 
 
-def tiny(kind, dtype=torch.float32, **options):
+def tiny(kind, dtype=torch.float32):
     "A model of that type with random weights, biases and norms included"
-    config = AutoConfig.for_model(kind, **SPECIAL | TINY[kind] | options)
+    config = AutoConfig.for_model(kind, **SPECIAL | TINY[kind])
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     if dtype == torch.double and find_sites(model).experts: model.set_experts_implementation("eager")  # the grouped kernel has no double precision
     draw = torch.Generator().manual_seed(0)
