@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['VERIFIED', 'Rows', 'Batch', 'answer_logits', 'Recording', 'nbytes', 'hooks', 'instead', 'at_attention', 'at_mlp',
            'at_output', 'layer_width', 'Routed', 'written_as', 'expert_neurons', 'at_experts', 'join', 'record',
-           'record_once', 'written', 'mix_experts', 'mix', 'interpolated', 'circuit_logits', 'short_pairs',
-           'head_at_zero', 'differences', 'check_gradient', 'verify', 'Examples', 'recording_bytes', 'prepare',
-           'masked_logits', 'all_masked_logits']
+           'record_once', 'written', 'mix_experts', 'all_neurons', 'mix', 'interpolated', 'circuit_logits',
+           'short_pairs', 'head_at_zero', 'differences', 'check_gradient', 'verify', 'Examples', 'recording_bytes',
+           'prepare', 'masked_logits', 'all_masked_logits']
 
 # %% ../nbs/04_streams.ipynb #2be7a8f9
 import inspect
@@ -294,6 +294,18 @@ def mix_experts(
     near = mask.detach().mean(-1, keepdim=True)
     def rest(run): return written(model, sites, i, run, mask - near)
     return torch.lerp(corrupt.output, clean.output, near) + rest(clean) - rest(corrupt)
+
+# %% ../nbs/04_streams.ipynb #81215322
+def all_neurons(
+    x,      # a layer's recorded MLP site: a tensor, or Routed
+    sites,  # of the model, from find_sites
+):
+    "All MLP neurons of a layer, [examples, positions, MLP width]; zero where a token does not visit an expert"
+    if isinstance(x, Routed):
+        routed = x.neurons.new_zeros(*x.index.shape[:2], sites.n_routed, sites.expert_width)
+        routed = routed.scatter(-2, x.index[..., None].expand_as(x.neurons), x.neurons).flatten(-2)
+        x = routed if x.shared is None else torch.cat([routed, x.shared], -1)
+    return torch.nn.functional.pad(x, (0, sites.mlp_width - x.shape[-1]))
 
 # %% ../nbs/04_streams.ipynb #bed5b944
 def mix(
