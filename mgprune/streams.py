@@ -119,6 +119,7 @@ def at_mlp(
     if sites.experts and sites.experts[i]: return at_experts(model, sites, i, f)
     return [model.get_submodule(sites.mlp[i]).register_forward_pre_hook(lambda module, args: instead(args, f(args[0])))]
 
+# %% ../nbs/04_streams.ipynb #89d84e54
 def at_output(
     model,  # a Hugging Face causal language model
     sites,  # of the model, from find_sites
@@ -234,6 +235,7 @@ def record(
         chunks = [record_once(model, sites, i, m, output) for i, m in zip(ids.split(batch_size), attention_mask.split(batch_size))]
     return chunks[0] if len(chunks) == 1 else join(chunks)
 
+# %% ../nbs/04_streams.ipynb #8e6bde0b
 def record_once(
     model,           # a Hugging Face causal language model
     sites,           # of the model, from find_sites
