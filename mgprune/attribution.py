@@ -13,7 +13,7 @@ from .masks import SiteMasks, level_shapes
 from .models import frozen
 from .objective import kl_divergence, logit_difference
 from .sites import find_sites
-from .streams import Examples, all_masked_logits, masked_logits, prepare, record
+from .streams import Examples, all_masked_logits, all_neurons, masked_logits, prepare, record
 
 # %% ../nbs/11_attribution.ipynb #654c66ca
 def examples_of(
@@ -117,8 +117,8 @@ def activation_difference(
     for rows in torch.arange(len(batch)).split(batch_size):
         real = batch.attention_mask[rows][..., None]  # padding counts as no difference
         clean, corrupt = (record(model, ids[rows], batch.attention_mask[rows]) for ids in (batch.clean, batch.corrupt))
-        for i, site in enumerate(("attention", "mlp")):
-            total[i] += torch.stack([((a - b).abs() * real).sum((0, 1)) for a, b in zip(getattr(clean, site), getattr(corrupt, site))])
+        for i, values in enumerate((lambda r: r.attention, lambda r: [all_neurons(x, sites) for x in r.mlp])):
+            total[i] += torch.stack([((a - b).abs() * real).sum((0, 1)) for a, b in zip(values(clean), values(corrupt))])
     return by_level(sites, *(t / batch.attention_mask.sum() for t in total))
 
 def patching(

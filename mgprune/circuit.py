@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load as load_arrays, save as save_arrays
 
 from .gates import is_open
-from .masks import LEVELS, close, level_shapes, site_masks
+from .masks import LEVELS, MLP_LEVELS, by_neuron, close, expert_of, level_shapes, n_nodes, site_masks
 from .models import InputError, fingerprint
 from .sites import Sites, find_sites
 from .streams import interpolated, record
@@ -42,7 +42,7 @@ class Circuit(Extended):
 
     def counts(self):
         "Level -> (kept, total) number of nodes"
-        return {l: (int(k.sum()), k.numel()) for l, k in self.kept.items()}
+        return {l: (int(k.sum()), n_nodes(self.sites)[l]) for l, k in self.kept.items()}
 
     def heads(self):
         "Kept heads as (layer, head)"
@@ -95,12 +95,13 @@ def lowest(
     sites,   # from find_sites
 ):
     "Each neuron's lowest score on its way up the tree: level -> tensor, for the finest levels that have scores"
-    shapes, result = level_shapes(sites, LEVELS), {}
-    for *above, finest in (("block", "attention", "head", "attention_neuron"), ("block", "mlp", "mlp_neuron"), ("block", "mlp", "mlp_output")):
-        path = [scores[l].detach().double().cpu() for l in (*above, finest) if l in scores]
+    shapes, result, scores = level_shapes(sites, LEVELS), {}, by_neuron(scores, sites)
+    for *above, finest in (("block", "attention", "head", "attention_neuron"), MLP_LEVELS, ("block", "mlp", "mlp_output")):
+        path = [scores[l].detach().cpu().double() for l in (*above, finest) if l in scores]
         if not path or (finest == "mlp_output" and finest not in scores): continue
         spread = [s.reshape(*s.shape, *[1] * (len(shapes[finest]) - s.dim())).expand(shapes[finest]) for s in path]
         result[finest] = torch.stack(spread).amin(0) + TIE * spread[-1]
+    if sites.dense and "mlp_neuron" in result: result["mlp_neuron"][expert_of(sites) < 0] = -torch.inf  # no neuron there
     return result
 
 TIE = 1e-4  # weight of a neuron's own score among siblings that share the lowest one

@@ -83,7 +83,7 @@ def cuts(
 ):
     "All neurons' scores in one falling list: the threshold of the circuit with k neurons is entry k"
     ranked = lowest({l: s for l, s in scores.items() if l != "mlp_output"}, sites).values()
-    return torch.cat([s.flatten() for s in ranked]).sort(descending=True).values
+    return torch.cat([s[s > -torch.inf] for s in ranked]).sort(descending=True).values
 
 # %% ../nbs/09_evaluation.ipynb #fda4ebe6
 def cut_by_size(

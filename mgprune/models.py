@@ -56,13 +56,13 @@ def load_model(
     name="embedded",      # "embedded", "smollm2", a name on the hub, a folder, or a loaded causal language model
     tokenizer=None,       # tokenizer of the model; None takes the one of the same name
     dtype=torch.float32,  # of the weights, for models loaded by name
-    device=None,          # "cpu", "cuda", ...; None leaves the model where it was loaded
+    device=None,          # "cpu", "cuda", ...; "auto" or a device map spreads a model loaded by name over several; None leaves it where it is
 ):
     "A causal language model, ready for use, with its tokenizer as `model.tokenizer`"
-    model, source = name, getattr(name, "name_or_path", None)
+    model, source, spread = name, getattr(name, "name_or_path", None), device == "auto" or isinstance(device, dict)
     if not isinstance(name, torch.nn.Module):
         source = {"embedded": lambda: EMBEDDED, "smollm2": smollm2_folder}.get(str(name), lambda: name)()
-        try: model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        try: model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, device_map=device if spread else None)
         except (OSError, ValueError) as e: raise InputError(
             f"no causal language model could be loaded from {str(name)!r}: expected 'embedded', 'smollm2', a hub name or a "
             f"folder written by save_pretrained. {str(e).splitlines()[0]}") from e
@@ -74,7 +74,7 @@ def load_model(
         except (OSError, ValueError) as e: raise InputError(
             f"no tokenizer in {str(source)!r}: use load_model(..., tokenizer=...)") from e
     if tokenizer is not None: model.tokenizer = tokenizer
-    return model if device is None else model.to(device)
+    return model if device is None or spread else model.to(device)
 
 # %% ../nbs/01_models.ipynb #555e6165
 def tokenizer_of(

@@ -77,7 +77,7 @@ def expected_size(
     "Expected number of open neurons, with the price of the heads and MLPs that hold them"
     masks = site_masks(chance, sites)
     size = sum(m.sum() for m in masks if m is not None)
-    groups = {l: c for l, c in chance.items() if l in ("block", "attention", "head", "mlp")}
+    groups = {l: c for l, c in chance.items() if l in ("block", "attention", "head", "mlp", "expert")}
     if not groups or not group_price: return size
     held = site_masks(groups, sites)
     groups = sum(m.sum() / width for m, width in zip(held, (sites.head_width, sites.mlp_width)) if m is not None)
@@ -245,8 +245,7 @@ def learn(
 ):
     "Learn the order of a model's nodes: scores, the examples to choose a threshold on, the examples to measure on, and plain values about the search"
     began = time.perf_counter()
-    levels, output = check_levels(levels), "mlp_output" in levels
-    find_sites(model)  # refuses a model that it does not know before anything is computed
+    levels, output = tuple(level_shapes(find_sites(model), levels)), "mlp_output" in levels  # refuses a model that cannot be searched
     test = prepare(model, task.batch("test"), output, memory=0)  # measured once
     check_task(task, test, goal, progress)
     train, valid = (prepare(model, task.batch(s), output, closed=False) for s in ("train", "valid"))
