@@ -243,17 +243,19 @@ def learn(
     gate,      # what turns log alpha into a gate
     progress,  # show a progress bar
 ):
-    "Learn the order of a model's nodes: scores, the examples to choose a threshold on, the examples to measure on, and plain values about the search"
+    "Learn the order of a model's nodes: scores, the examples to choose a threshold on (None where no divergence is asked for), the examples to measure on, and plain values about the search"
     began = time.perf_counter()
     levels, output = tuple(level_shapes(find_sites(model), levels)), "mlp_output" in levels  # refuses a model that cannot be searched
-    test = prepare(model, task.batch("test"), output, memory=0)  # measured once
+    once = {} if len(goal.shares) > 1 else dict(memory=0)  # the recorded stream only pays where several circuits are measured
+    test = prepare(model, task.batch("test"), output, **once)
     check_task(task, test, goal, progress)
-    train, valid = (prepare(model, task.batch(s), output, closed=False) for s in ("train", "valid"))
+    train = prepare(model, task.batch("train"), output, closed=False)
+    valid = prepare(model, task.batch("valid"), output, closed=False) if goal.kl else None
     search = Search(model, train, goal, levels, recipe, gate, seed)
     scores = run(search, progress)
     about = dict(
         model=getattr(model, "loaded_as", None) or getattr(model, "name_or_path", ""), fingerprint=fingerprint(model),
-        task=task.name, corruption=task.corruption, task_seed=task.seed, pairs=[len(x) for x in (train, valid, test)], seed=seed,
+        task=task.name, corruption=task.corruption, task_seed=task.seed, pairs=[len(getattr(task, split)) for split in ("train", "valid", "test")], seed=seed,
         settings=dict(asdict(goal), levels=levels, recipe=asdict(recipe), gate=dict(name=type(gate).__name__, **asdict(gate))),
         versions=versions(), history=search.history, began=began)
     return scores, valid, test, about
