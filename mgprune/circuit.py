@@ -43,6 +43,10 @@ class Circuit:
         "Layers whose MLP is kept"
         return self.kept["mlp"].nonzero().flatten().tolist()
 
+    def experts(self):
+        "Kept experts as (layer, expert); none in a dense model"
+        return [tuple(i) for i in self.kept["expert"].nonzero().tolist()] if "expert" in self.kept else []
+
     def neurons(self):
         "Kept neurons: attention neurons as (layer, head, index), MLP neurons as (layer, index)"
         return {l: [tuple(i) for i in self.kept[l].nonzero().tolist()] for l in ("attention_neuron", "mlp_neuron")}
