@@ -415,7 +415,7 @@ def check_gradient(
     half = [torch.full((sites.n_layers, n), .5, device=model.device, requires_grad=True) for n in (sites.n_heads * sites.head_width, sites.mlp_width)]
     try:
         with frozen(model): logits = circuit_logits(model, batch, SiteMasks(*half), corrupt)
-        gradients = torch.autograd.grad(logits.float().square().sum(), half)
+        gradients = torch.autograd.grad(logits.float().log_softmax(-1)[:, 0].sum(), half)
     except (NotImplementedError, RuntimeError) as e: raise InputError(
         f"{type(model).__name__} gives masks no gradient with {model.config._attn_implementation!r} attention in {model.dtype} on {model.device.type}: "
         f"{str(e).splitlines()[0]}. Try model.set_attn_implementation('sdpa'), or 'eager'") from e

@@ -9,7 +9,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from families import TINY, VOCABULARY, pairs, tiny
-from mgprune import discover
+from mgprune import discover, load_model
 from mgprune.circuit import Circuit, from_kept
 from mgprune.masks import LEVELS, level_shapes, n_nodes, site_masks
 from mgprune.models import InputError, frozen
@@ -51,7 +51,7 @@ def test_discover(kind, tmp_path):
         circuit = discover(model, Pairs(), keep=.3, recipe=Recipe(steps=3, batch_size=3), progress=False)
     total = sum(n_nodes(circuit.sites)[l] for l in ("attention_neuron", "mlp_neuron"))
     assert 0 < circuit.n_neurons() <= round(.3 * total)  # neurons of experts that no prompt visits tie
-    assert ("expert" in circuit.counts()) == bool(circuit.sites.experts)
+    assert ("expert" in circuit.counts()) == bool(circuit.sites.experts) == bool(circuit.experts())
     assert Circuit.load(circuit.save(tmp_path / "circuit.json"), model) == circuit
     assert circuit.provenance["metrics"]["kl"] > 0
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -199,6 +199,7 @@ def test_dispatched_model():
     model = tiny("llama")
     parts = {name: "cpu" for name in ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")}
     holds(accelerate.dispatch_model(model, parts, force_hooks=True), pairs())
+    verify(load_model(device={"": "cpu"}))
 
 
 def test_masks_and_recordings_follow_their_site():
