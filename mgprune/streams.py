@@ -312,12 +312,13 @@ def all_neurons(
 
 # %% ../nbs/04_streams.ipynb #bed5b944
 def mix(
-    corrupt,  # [examples, positions, width] what went through a site on the corrupted prompts
+    corrupt,  # [examples, positions, width] what went through a site on the corrupted prompts; or one constant, [1, 1, width]
     mask,     # [width], or one for each example, [examples, 1, width]
     clean,    # what goes through it now, in whatever shape the module takes
 ):
     "The clean value where the mask is 1, the corrupted one where it is 0"
-    return torch.lerp(corrupt.to(clean.device), clean.reshape(corrupt.shape), mask.to(clean)).reshape(clean.shape)
+    shaped = clean.reshape(corrupt.shape) if clean.numel() == corrupt.numel() else clean
+    return torch.lerp(corrupt.to(clean.device), shaped, mask.to(clean)).reshape(clean.shape)
 
 @contextmanager
 def interpolated(
@@ -484,9 +485,12 @@ def recording_bytes(
     model,  # a Hugging Face causal language model
     batch,  # Batch of pairs
 ):
-    "Memory that the recorded corrupted stream of a batch takes, in bytes, by that of one pair"
-    one = batch[:1].to(model.device)
-    return nbytes(record(model, one.corrupt, one.attention_mask)) * len(batch)
+    "Memory that the recorded corrupted stream of a batch takes, in bytes"
+    sites, config = find_sites(model), model.config.get_text_config()
+    neurons = sites.n_layers * sites.n_heads * sites.head_width + sum(sites.dense or [sites.mlp_width] * sites.n_layers)
+    for layer in filter(None, sites.experts):  # the neurons of the experts that a token visits, which these are, and the output
+        neurons += config.num_experts_per_tok * (sites.expert_width + 8 // model.dtype.itemsize) + sites.width
+    return (batch.clean.numel() * neurons + len(batch) * config.vocab_size) * model.dtype.itemsize
 
 def prepare(
     model,           # a Hugging Face causal language model

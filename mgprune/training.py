@@ -246,20 +246,22 @@ def learn(
     "Learn the order of a model's nodes: scores, the examples to choose a threshold on (None where no divergence is asked for), the examples to measure on, and plain values about the search"
     began = time.perf_counter()
     levels, output = tuple(level_shapes(find_sites(model), levels)), "mlp_output" in levels  # refuses a model that cannot be searched
+    pairs = {split: task.batch(split) for split in ("train", "valid", "test")}
     once = {} if len(goal.shares) > 1 else dict(memory=0)  # the recorded stream only pays where several circuits are measured
-    test = prepare(model, task.batch("test"), output, **once)
+    test = prepare(model, pairs["test"], output, **once)
     check_task(task, test, goal, progress)
-    train = prepare(model, task.batch("train"), output, closed=False)
-    valid = prepare(model, task.batch("valid"), output, closed=False) if goal.kl else None
+    train = prepare(model, pairs["train"], output, closed=False)
+    valid = prepare(model, pairs["valid"], output, closed=False) if goal.kl else None
     search = Search(model, train, goal, levels, recipe, gate, seed)
     scores = run(search, progress)
     about = dict(
         model=getattr(model, "loaded_as", None) or getattr(model, "name_or_path", ""), fingerprint=fingerprint(model),
-        task=task.name, corruption=task.corruption, task_seed=task.seed, pairs=[len(getattr(task, split)) for split in ("train", "valid", "test")], seed=seed,
+        task=task.name, corruption=task.corruption, task_seed=task.seed, pairs=[*map(len, pairs.values())], seed=seed,
         settings=dict(asdict(goal), levels=levels, recipe=asdict(recipe), gate=dict(name=type(gate).__name__, **asdict(gate))),
         versions=versions(), history=search.history, began=began)
     return scores, valid, test, about
 
+# %% ../nbs/10_training.ipynb #da0a6e4b
 def circuit_at(
     model,      # a Hugging Face causal language model
     scores,     # level -> scores

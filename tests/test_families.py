@@ -14,7 +14,7 @@ from mgprune.circuit import Circuit, from_kept
 from mgprune.masks import LEVELS, level_shapes, n_nodes, site_masks
 from mgprune.models import InputError, frozen
 from mgprune.sites import FAMILIES, find_sites
-from mgprune.streams import all_masked_logits, answer_logits, circuit_logits, differences, prepare, record, verify
+from mgprune.streams import all_masked_logits, answer_logits, circuit_logits, differences, nbytes, prepare, record, recording_bytes, verify
 from mgprune.training import Recipe
 
 kinds = pytest.mark.parametrize("kind", TINY)
@@ -55,6 +55,12 @@ def test_discover(kind, tmp_path):
     assert Circuit.load(circuit.save(tmp_path / "circuit.json"), model) == circuit
     assert circuit.provenance["metrics"]["kl"] > 0
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@kinds
+def test_the_size_of_a_recording_is_known_before(kind):
+    model, batch = tiny(kind), pairs()
+    assert recording_bytes(model, batch) == nbytes(record(model, batch.corrupt, batch.attention_mask))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
