@@ -102,6 +102,7 @@ def main():
     # the kernel imports this checkout, whether or not it is installed
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(cfg.config_path), os.environ.get("PYTHONPATH")]))
     os.environ.update(QUIET)
+    os.environ.pop("MPLBACKEND", None)  # the kernel's own backend is the one that saves figures
     found = (p for p in cfg.nbs_path.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
     bad = 0
     for path in args.notebooks or sorted(found):

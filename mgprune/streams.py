@@ -7,7 +7,7 @@ __all__ = ['VERIFIED', 'Rows', 'Batch', 'answer_logits', 'Recording', 'nbytes', 
            'at_output', 'layer_width', 'Routed', 'written_as', 'expert_neurons', 'at_experts', 'join', 'record',
            'record_once', 'written', 'mix_experts', 'all_neurons', 'mix', 'interpolated', 'circuit_logits',
            'short_pairs', 'head_at_zero', 'differences', 'check_gradient', 'verify', 'Examples', 'free_bytes',
-           'example_bytes', 'fitting_size', 'recording_bytes', 'prepare', 'masked_logits', 'all_masked_logits']
+           'recording_bytes', 'example_bytes', 'fitting_size', 'prepare', 'masked_logits', 'all_masked_logits']
 
 # %% ../nbs/04_streams.ipynb #2be7a8f9
 import inspect
@@ -460,27 +460,7 @@ def free_bytes(
     if device.type == "mps": return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     return psutil.virtual_memory().available
 
-def example_bytes(
-    model,  # a Hugging Face causal language model
-    batch,  # Batch of pairs
-):
-    "Memory that one example of the batch takes on its way through the model, in bytes: an estimate from above"
-    config, length, size = model.config.get_text_config(), batch.clean.shape[1], model.dtype.itemsize
-    sites = find_sites(model)
-    neurons = 2 * length * sites.n_layers * (sites.n_heads * sites.head_width + sites.mlp_width) * size  # recorded, and masked
-    layer = 8 * length * config.hidden_size * size                        # the residual stream and what a layer makes of it
-    pattern = 3 * config.num_attention_heads * length ** 2 * max(size, 4) # attention weights, where they are computed in full
-    return neurons + layer + pattern + config.vocab_size * (2 * size + 8)   # logits, and log-probabilities in single precision
-
-def fitting_size(
-    model,    # a Hugging Face causal language model
-    batch,    # Batch of pairs
-    most=32,  # examples
-):
-    "Examples per forward pass that fit into half of the free memory, at least 1"
-    return max(1, min(most, free_bytes(model.device) // 2 // example_bytes(model, batch)))
-
-# %% ../nbs/04_streams.ipynb #fd0b8983
+# %% ../nbs/04_streams.ipynb #321412fa
 def recording_bytes(
     model,  # a Hugging Face causal language model
     batch,  # Batch of pairs
@@ -492,6 +472,26 @@ def recording_bytes(
         neurons += config.num_experts_per_tok * (sites.expert_width + 8 // model.dtype.itemsize) + sites.width
     return (batch.clean.numel() * neurons + len(batch) * config.vocab_size) * model.dtype.itemsize
 
+def example_bytes(
+    model,  # a Hugging Face causal language model
+    batch,  # Batch of pairs
+):
+    "Memory that one example of the batch takes on its way through the model, in bytes: an estimate from above"
+    config, length, size = model.config.get_text_config(), batch.clean.shape[1], model.dtype.itemsize
+    sites = 2 * recording_bytes(model, batch[:1])                         # recorded, and masked
+    layer = 8 * length * config.hidden_size * size                        # the residual stream and what a layer makes of it
+    pattern = 3 * config.num_attention_heads * length ** 2 * max(size, 4) # attention weights, where they are computed in full
+    return sites + layer + pattern + config.vocab_size * (2 * size + 8)   # logits, and log-probabilities in single precision
+
+def fitting_size(
+    model,    # a Hugging Face causal language model
+    batch,    # Batch of pairs
+    most=32,  # examples
+):
+    "Examples per forward pass that fit into half of the free memory, at least 1"
+    return max(1, min(most, free_bytes(model.device) // 2 // example_bytes(model, batch)))
+
+# %% ../nbs/04_streams.ipynb #fd0b8983
 def prepare(
     model,           # a Hugging Face causal language model
     batch,           # Batch of pairs
