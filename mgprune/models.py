@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'SMOLLM2_FILE', 'InputError', 'cache_folder', 'smollm2_folder', 'load_model', 'tokenizer_of', 'frozen',
-           'fingerprint']
+           'at_hand', 'fingerprint']
 
 # %% ../nbs/01_models.ipynb #b73561d0
 import hashlib, importlib.util, os, shutil, tempfile
@@ -103,6 +103,19 @@ def frozen(
         for p in wanted: p.requires_grad_(True)
 
 # %% ../nbs/01_models.ipynb #86f588d9
+@contextmanager
+def at_hand(
+    module,  # any torch module
+):
+    "Within the context the module's own weights are there, also those that accelerate keeps elsewhere until they are needed"
+    if not any(p.is_meta for p in module.parameters(recurse=False)):
+        yield module
+        return
+    if not getattr(getattr(module, "_hf_hook", None), "offload", False): raise InputError(
+        f"the weights of {type(module).__name__} were never loaded: use from_pretrained, or load_model")
+    from accelerate.utils import align_module_device  # it is there, as it took the weights away
+    with align_module_device(module, torch.device("cpu")): yield module
+
 def fingerprint(
     model,  # any torch module
 ):
@@ -110,5 +123,7 @@ def fingerprint(
     digest = hashlib.blake2b(digest_size=8)
     for name, p in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
-        digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        owner, _, own = name.rpartition(".")
+        with at_hand(model.get_submodule(owner)) as module:
+            digest.update(getattr(module, own).detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

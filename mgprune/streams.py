@@ -294,7 +294,8 @@ def mix_experts(
 ):
     "The layer's output with every neuron mixed"
     corrupt, mask = corrupt.to(clean.output.device), mask.to(clean.output)
-    near = mask.detach().mean(-1, keepdim=True)
+    low, high = mask.detach().aminmax(dim=-1, keepdim=True)
+    near = (low + high) / 2  # exactly the mask where that is the same everywhere, which a mean need not be
     def rest(run): return written(model, sites, i, run, mask - near)
     return torch.lerp(corrupt.output, clean.output, near) + rest(clean) - rest(corrupt)
 
@@ -431,6 +432,10 @@ def verify(
     "Measure, the first time that a model is used, that its masks do what they should; a model that fails is refused"
     state = model.dtype, model.device, model.config._attn_implementation
     if VERIFIED.get(model) == state: return
+    elsewhere = [name for name, p in model.named_parameters() if p.is_meta]
+    if model.device.type == "meta" or any(".experts." in name for name in elsewhere): raise InputError(
+        f"{elsewhere[0]} of {type(model).__name__} is on no device: the first weights of a model, and those of routed experts, cannot be kept elsewhere. "
+        "Load it with a device_map that gives them a device, or in half precision")
     wrong = [f"{name} is off by {off:.2g} (allowed: {allowed:.2g})" for name, (off, allowed) in differences(model).items() if not off <= allowed]
     if wrong: raise InputError(
         f"{type(model).__name__} cannot be masked where its sites are said to be, {find_sites(model).attention[0]} and {find_sites(model).mlp[0]}: "

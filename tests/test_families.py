@@ -12,7 +12,7 @@ from families import TINY, VOCABULARY, pairs, tiny
 from mgprune import discover, load_model
 from mgprune.circuit import Circuit, from_kept
 from mgprune.masks import LEVELS, level_shapes, n_nodes, site_masks
-from mgprune.models import InputError, frozen
+from mgprune.models import InputError, fingerprint, frozen
 from mgprune.sites import FAMILIES, find_sites
 from mgprune.streams import all_masked_logits, answer_logits, circuit_logits, differences, nbytes, prepare, record, recording_bytes, verify
 from mgprune.training import Recipe
@@ -206,6 +206,23 @@ def test_dispatched_model():
     parts = {name: "cpu" for name in ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")}
     holds(accelerate.dispatch_model(model, parts, force_hooks=True), pairs())
     verify(load_model(device={"": "cpu"}))
+
+
+def test_weights_kept_elsewhere():
+    "What device_map='auto' does with a model that does not fit: the last layer's weights come when they are needed and go again"
+    accelerate = pytest.importorskip("accelerate")
+    model, whole = tiny("llama"), tiny("llama")
+    accelerate.cpu_offload(model.model.layers[1], execution_device=torch.device("cpu"))
+    holds(model, pairs())
+    assert fingerprint(model) == fingerprint(whole)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a random model is right on few pairs
+        circuits = [discover(m, Pairs(), keep=.3, recipe=Recipe(steps=3, batch_size=3), progress=False) for m in (model, whole)]
+    assert circuits[0] == circuits[1]
+    assert any(p.is_meta for p in model.parameters())
+    routed = tiny("mixtral")
+    accelerate.cpu_offload(routed.model.layers[1], execution_device=torch.device("cpu"))
+    with pytest.raises(InputError, match="device_map"): verify(routed)
 
 
 def test_masks_and_recordings_follow_their_site():
