@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AXES', 'WRITERS', 'BIASES', 'GPT2_CUTS', 'LLAMA_CUTS', 'CUTS', 'level_table', 'table', 'dot_box', 'dot', 'svg', 'mib',
-           'mib_edges', 'as_numbers', 'title_and_facts', 'view', 'write', 'constants', 'rebuilt', 'fold', 'silenced',
-           'fold_outputs', 'layers_to_keep', 'in_parts', 'head_slots', 'take', 'placements', 'smaller_settings',
-           'shrunk', 'check_same', 'parameters', 'sizes', 'silent', 'write_folder', 'export', 'card', 'to_folder',
-           'push_to_hub', 'from_hub']
+           'mib_edges', 'as_numbers', 'check_alike', 'title_and_facts', 'view', 'write', 'constants', 'rebuilt', 'fold',
+           'silenced', 'fold_outputs', 'layers_to_keep', 'in_parts', 'head_slots', 'take', 'placements',
+           'smaller_settings', 'shrunk', 'check_same', 'parameters', 'sizes', 'silent', 'write_folder', 'export',
+           'card', 'to_folder', 'push_to_hub', 'from_hub']
 
 # %% ../nbs/16_export.ipynb #8b0a5aea
 import base64, html, json, os, string, tempfile
@@ -145,6 +145,15 @@ def as_numbers(
     values = tensor.cpu().flatten().numpy()
     return base64.b64encode((np.packbits(values) if values.dtype == bool else values.astype("<f8")).tobytes()).decode()
 
+def check_alike(
+    circuit,  # Circuit
+    what,     # that is asked for
+):
+    "Refuse what only circuits of models without experts, and with layers of one width, can have"
+    if circuit.sites.dense: raise InputError(
+        f"the layers of this model have experts or differ in width, so its circuit cannot have {what} yet: "
+        "use circuit.save, circuit.table, circuit.dot or circuit.svg")
+
 def title_and_facts(
     circuit,  # Circuit
 ):
@@ -159,6 +168,7 @@ def view(
     circuit,  # Circuit
 ):
     "A page of its own that shows the circuit, as HTML text: it opens from the disk and needs no network"
+    check_alike(circuit, "a page of its own")
     s, (title, facts), counts = circuit.sites, title_and_facts(circuit), circuit.counts()
     rows = [f"<tr><td>{SPOKEN[level]}</td><td>{kept:,}</td><td>{total:,}</td><td>{kept / total:.1%}</td></tr>"
             for level, (kept, total) in counts.items()]
@@ -434,6 +444,7 @@ def export(
 ):
     "Write the circuit as a Hugging Face checkpoint of its own; returns what it has of what the original has: name -> (original, exported)"
     check_model(circuit, model)
+    check_alike(circuit, "a checkpoint of its own")
     small = twin = silenced(circuit, model, constants(model, means))
     if smaller and model.config.model_type in CUTS:
         small = shrunk(circuit, twin)

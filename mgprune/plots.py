@@ -20,7 +20,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize, TwoSlopeNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from .circuit import Circuit, lowest
 from .models import InputError, frozen, tokenizer_of
@@ -37,7 +37,7 @@ class Picture(Figure):
 # %% ../nbs/12_plots.ipynb #7ce7710e
 SHARE = sns.light_palette(sns.color_palette("colorblind")[0], as_cmap=True)  # colour of a share kept, from 0 to 1
 CLOSED, FADED = "0.9", "0.965"                                               # colours of a closed node, and in a closed block
-COLOURS = dict(zip(("attention_neuron", "mlp_neuron", "head", "mlp", "block", "attention", "mlp_output"),
+COLOURS = dict(zip(("attention_neuron", "mlp_neuron", "head", "mlp", "block", "attention", "mlp_output", "expert"),
                    sns.color_palette("colorblind")))                         # of each level, in curves and bars
 SPOKEN = {level: level.replace("mlp", "MLP").replace("_", " ") for level in COLOURS}  # their names in a legend
 
@@ -341,7 +341,8 @@ def plot_frontier(
 ):
     "KL and accuracy of circuits against their number of neurons, a curve for each name"
     if not isinstance(curves, dict): curves = {"": curves}
-    figure = Picture(figsize=(6.6, 2.6), layout="constrained")
+    rows_below = -(-len(curves) // 3)  # of the legend
+    figure = Picture(figsize=(6.6, 2.6 + .2 * rows_below), layout="constrained")
     left, right = figure.subplots(1, 2)
     for (name, points), colour, marker in zip(curves.items(), sns.color_palette("colorblind") * len(curves), "osD^vPX*<>" * len(curves)):
         rows = [dict(p.provenance["metrics"], neurons=p.n_neurons()) if isinstance(p, Circuit) else p for p in points]
@@ -352,8 +353,10 @@ def plot_frontier(
     right.axhline(rows[0]["full_accuracy"], color="0.6", lw=.8, ls=":")
     right.set(xlabel="neurons kept", ylabel="accuracy", xscale="log", ylim=(0, 1.02))
     right.yaxis.set_major_formatter(PercentFormatter(1))
-    if [*curves] != [""]: figure.legend(fontsize=7, frameon=False, loc="outside right center")
-    for axes in (left, right): sns.despine(ax=axes)
+    if [*curves] != [""]: figure.legend(fontsize=7, frameon=False, loc="outside lower center", ncols=3)
+    for axes in (left, right):
+        axes.xaxis.set(major_locator=LogLocator(subs=(1, 3)), major_formatter=EngFormatter(sep=""), minor_formatter=NullFormatter())
+        sns.despine(ax=axes)
     return figure
 
 # %% ../nbs/12_plots.ipynb #eb50ee7a

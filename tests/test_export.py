@@ -10,13 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
+from families import TINY, pairs, tiny
 from mgprune import export, planted, tasks
 from mgprune.circuit import Circuit, edge_counts, from_kept, from_scores
 from mgprune.export import constants, parameters, to_folder
 from mgprune.masks import LEVELS, level_shapes
 from mgprune.models import InputError, load_model
-from mgprune.sites import find_sites
-from mgprune.streams import Batch, answer_logits, interpolated
+from mgprune.plots import plot_scores
+from mgprune.sites import FAMILIES, find_sites
+from mgprune.streams import Batch, answer_logits, circuit_logits, interpolated
 
 SHAPE = dict(vocab_size=60, hidden_size=64, intermediate_size=48, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
              bos_token_id=0, eos_token_id=0, pad_token_id=0)
@@ -313,3 +315,24 @@ def test_folders_are_never_overwritten(scored, tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(InputError, match="exists already"): to_folder(scored, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TINY if not FAMILIES[kind].experts])
+def test_every_dense_family_is_exported(kind, tmp_path):
+    model, batch = tiny(kind), pairs()
+    circuit = random_circuit(model, .7)
+    circuit.export(model, tmp_path / "new")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "new").eval()
+    assert torch.allclose(answer_logits(again, batch.clean, batch.attention_mask), circuit_logits(model, batch, circuit.masks(), constants(model)), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TINY if FAMILIES[kind].experts])
+def test_mixtures_of_experts_get_what_can_be_had(kind, tmp_path):
+    model = tiny(kind)
+    sites = find_sites(model)
+    circuit = from_scores({l: torch.randn(s) for l, s in level_shapes(sites).items()}, sites, -.5)
+    for refused in (lambda: circuit.export(model, tmp_path / "new"), circuit.view):
+        with pytest.raises(InputError, match="have experts or differ in width"): refused()
+    assert not any(tmp_path.iterdir())
+    assert "expert" in {*circuit.table().level} and circuit.dot() and circuit.svg()
+    plot_scores(circuit)
