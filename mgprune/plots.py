@@ -318,11 +318,11 @@ def plot_comparison(
 def plot_training(
     circuit,  # Circuit that comes from a search
 ):
-    "Course of the search: divergence against size, and size over time, of the circuit of every step"
+    "Course of the search, for the circuit of every step: divergence against size, size over time, and how many gates were neither open nor closed"
     history = circuit.provenance.get("history")
     if not history: raise InputError("this circuit does not come from a search: only what discover returns has a history")
-    figure = Picture(figsize=(6.6, 2.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Picture(figsize=(7.6, 2.5), layout="constrained")
+    left, right, gates = figure.subplots(1, 3)
     left.scatter(history["neurons"], [max(kl, 1e-6) for kl in history["kl"]], c=history["step"], s=4, linewidths=0, cmap=SHARE, vmin=-len(history["step"]) / 4)
     budget, kl = circuit.provenance.get("settings", {}).get("kl"), circuit.provenance.get("metrics", {}).get("kl")
     if budget: left.axhline(budget, color=COLOURS["mlp_neuron"], lw=1, ls="--", label="asked for")
@@ -331,8 +331,11 @@ def plot_training(
     right.plot(history["step"], history["neurons"], ",", color="0.3")
     right.axhline(circuit.n_neurons(), color=COLOURS["attention_neuron"], lw=1, label="found")
     right.set(xlabel="step", ylabel="neurons open", yscale="log")
+    gates.plot(history["step"], history["undecided"], ",", color="0.3")
+    gates.set(xlabel="step", ylabel="gates between 0.1 and 0.9", ylim=(0, None))
+    gates.yaxis.set_major_formatter(PercentFormatter(1))
     for axes in (left, right): axes.legend(fontsize=7, frameon=False)
-    for axes in (left, right): sns.despine(ax=axes)
+    for axes in (left, right, gates): sns.despine(ax=axes)
     return figure
 
 # %% ../nbs/12_plots.ipynb #9041e9f3

@@ -395,6 +395,8 @@ def differences(
         if not full.isfinite().all(): raise InputError(
             f"the logits of {type(model).__name__} are not finite numbers in {model.dtype}: load it with dtype=torch.float32 or torch.bfloat16")
         repeat, rounding = 4 * off(full, again), 2 * torch.finfo(full.dtype).eps ** .75
+        weight = getattr(model.get_submodule(sites.attention[0]), "weight", full)
+        if weight.dtype == torch.int8: rounding = 2 / 127  # such a projection rounds what it reads to as many steps
         found = dict(open=(off(masked(*one, corrupt), full), repeat), closed=(off(masked(*(0 * m for m in one), corrupt), corrupt.logits), repeat))
         head, by_hand = head_at_zero(model, sites, batch, corrupt)
         found["head"] = off(head, by_hand), rounding * by_hand.abs().max().item()

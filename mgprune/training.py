@@ -204,8 +204,11 @@ def step(self):
     for l, s in self.scores.items(): self.average[l].lerp_(s.detach(), r.averaging)
     if size is not None: self.move_ends(kl.item())
     self.steps += 1
-    with torch.no_grad(): neurons = expected_size({l: self.gate.open_probability(a) for l, a in log_alpha.items()}, self.sites).item()
-    for name, value in dict(step=self.steps, kl=kl.item(), neurons=neurons).items():
+    with torch.no_grad():
+        chance = {l: self.gate.open_probability(a) for l, a in log_alpha.items()}
+        neurons, flat = expected_size(chance, self.sites).item(), torch.cat([c.flatten() for c in chance.values()])
+        undecided = ((flat > .1) & (flat < .9)).float().mean().item()  # share of the gates that are neither open nor closed
+    for name, value in dict(step=self.steps, kl=kl.item(), neurons=neurons, undecided=undecided).items():
         self.history.setdefault(name, []).append(float(f"{value:.4g}"))
 
 Search.step = step

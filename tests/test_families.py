@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import linear, scaled_dot_product_attention
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from families import TINY, VOCABULARY, pairs, tiny
 from mgprune import discover, load_model
@@ -177,6 +177,20 @@ def test_packed_weights(kind):
         if isinstance(module, nn.Linear) and name != "lm_head": model.set_submodule(name, Packed(module))
     sites = holds(model, pairs())
     assert sites == find_sites(tiny(kind)) and type(model.get_submodule(sites.mlp[0])) is Packed
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bitsandbytes(bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tiny("llama").save_pretrained(tmp_path)
+    packing = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=packing, device_map="cpu")
+    sites = holds(model, pairs())
+    assert not model.get_submodule(sites.mlp[0]).weight.is_floating_point()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a random model is right on few pairs
+        circuit = discover(model, Pairs(), keep=.3, recipe=Recipe(steps=3, batch_size=3), progress=False)
+    assert Circuit.load(circuit.save(tmp_path / "circuit.json"), model) == circuit
 
 
 def test_layers_may_differ_in_width():
