@@ -164,6 +164,7 @@ def title_and_facts(
     said = dict(kl="KL {:.3g} from the full model", accuracy="right on {:.1%} of held-out pairs", full_accuracy="the full model on {:.1%}")
     return title, ", ".join(said[k].format(v) for k, v in metrics.items() if v is not None)
 
+# %% ../nbs/16_export.ipynb #7d1f03c2
 def view(
     circuit,  # Circuit
 ):

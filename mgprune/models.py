@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'SMOLLM2_FILE', 'InputError', 'cache_folder', 'smollm2_folder', 'load_model', 'tokenizer_of', 'frozen',
-           'at_hand', 'fingerprint']
+           'weight_of', 'fingerprint']
 
 # %% ../nbs/01_models.ipynb #b73561d0
 import hashlib, importlib.util, os, shutil, tempfile
@@ -103,18 +103,16 @@ def frozen(
         for p in wanted: p.requires_grad_(True)
 
 # %% ../nbs/01_models.ipynb #86f588d9
-@contextmanager
-def at_hand(
+def weight_of(
     module,  # any torch module
+    name,    # of one of its own parameters
 ):
-    "Within the context the module's own weights are there, also those that accelerate keeps elsewhere until they are needed"
-    if not any(p.is_meta for p in module.parameters(recurse=False)):
-        yield module
-        return
-    if not getattr(getattr(module, "_hf_hook", None), "offload", False): raise InputError(
-        f"the weights of {type(module).__name__} were never loaded: use from_pretrained, or load_model")
-    from accelerate.utils import align_module_device  # it is there, as it took the weights away
-    with align_module_device(module, torch.device("cpu")): yield module
+    "The parameter's value, also where accelerate keeps it elsewhere until it is needed"
+    weight = getattr(module, name)
+    if not weight.is_meta: return weight.detach()
+    elsewhere = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    if elsewhere is None: raise InputError(f"the weights of {type(module).__name__} were never loaded: use from_pretrained, or load_model")
+    return elsewhere[name]
 
 def fingerprint(
     model,  # any torch module
@@ -122,8 +120,7 @@ def fingerprint(
     "Sixteen hexadecimal digits that change when any weight changes"
     digest = hashlib.blake2b(digest_size=8)
     for name, p in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
         owner, _, own = name.rpartition(".")
-        with at_hand(model.get_submodule(owner)) as module:
-            digest.update(getattr(module, own).detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
+        digest.update(weight_of(model.get_submodule(owner), own).cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
