@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PACKAGING := settings.ini setup.py constraints.txt
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 # a hung notebook must not hang the tests; macOS has no `timeout`
-LIMIT := $(if $(shell command -v timeout),timeout 900)
+LIMIT := $(if $(shell command -v timeout),timeout 1200)
 
 # the models are small: more threads than processes only get in each other's way
 export OMP_NUM_THREADS ?= 1
@@ -29,7 +29,7 @@ demo: $(VENV)/.library
 
 test: $(VENV)/.tools
 	$(LIMIT) $(BIN)/nbdev_test --n_workers 2 --timing
-	$(LIMIT) $(BIN)/python -m pytest -q tests
+	$(LIMIT) $(BIN)/python -m pytest -q -n 2 tests
 
 docs: $(VENV)/.tools
 	$(BIN)/python -W ignore .ci/docs.py
