@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORTH', 'examples_of', 'site_shapes', 'by_level', 'attribute', 'nap', 'nap_ig', 'sampled_gradient', 'random_ranking',
-           'activation_difference', 'patching']
+           'activation_difference', 'patching', 'absolute']
 
 # %% ../nbs/11_attribution.ipynb #71177daf
 import torch
@@ -136,3 +136,10 @@ def patching(
             effect[node] = kl_divergence(examples.full, all_masked_logits(model, examples, masks, batch_size)).mean()
             mask[node] = 1
     return by_level(sites, *effects)
+
+# %% ../nbs/11_attribution.ipynb #c41d9b72
+def absolute(
+    scores,  # level -> tensor
+):
+    "The same ranking regardless of sign: level -> scores"
+    return {level: s.abs() for level, s in scores.items()}

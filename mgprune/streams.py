@@ -434,10 +434,10 @@ def verify(
     "Measure, the first time that a model is used, that its masks do what they should; a model that fails is refused"
     state = model.dtype, model.device, model.config._attn_implementation
     if VERIFIED.get(model) == state: return
-    elsewhere = [name for name, p in model.named_parameters() if p.is_meta]
-    if model.device.type == "meta" or any(".experts." in name for name in elsewhere): raise InputError(
-        f"{elsewhere[0]} of {type(model).__name__} is on no device: the first weights of a model, and those of routed experts, cannot be kept elsewhere. "
-        "Load it with a device_map that gives them a device, or in half precision")
+    experts = [p for path in filter(None, find_sites(model).experts or ()) for p in model.get_submodule(path).parameters()]
+    if model.device.type == "meta" or any(p.is_meta for p in experts): raise InputError(
+        f"the first weights of {type(model).__name__}, or those of its routed experts, are on no device, where they have to be: "
+        "load it with a device_map that gives them one, or in half precision")
     wrong = [f"{name} is off by {off:.2g} (allowed: {allowed:.2g})" for name, (off, allowed) in differences(model).items() if not off <= allowed]
     if wrong: raise InputError(
         f"{type(model).__name__} cannot be masked where its sites are said to be, {find_sites(model).attention[0]} and {find_sites(model).mlp[0]}: "

@@ -1,9 +1,15 @@
-"""A tiny model with random weights of every family of architectures, and the pairs to try it on."""
+"""A tiny model with random weights of every family of architectures, the pairs to try it on, and what must hold for it."""
+import warnings
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mgprune import discover
+from mgprune.masks import level_shapes, site_masks
+from mgprune.models import frozen
 from mgprune.sites import find_sites
-from mgprune.streams import Batch
+from mgprune.streams import Batch, all_masked_logits, answer_logits, prepare
+from mgprune.training import Recipe
 
 VOCABULARY, LENGTHS = 61, (6, 4, 5)
 PLAIN = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=40, num_attention_heads=4)
@@ -62,3 +68,28 @@ def pairs():
     corrupt[:, -1] = clean[:, -1]
     answers = torch.arange(len(LENGTHS))[:, None]
     return Batch(clean * mask, corrupt * mask, mask, answers + 1, answers + 11)
+
+
+class Pairs:
+    "What a search needs of a task"
+    name, corruption, seed = "pairs", "random tokens", 0
+    def batch(self, split): return pairs()[[0, 1, 2, 0, 1, 2]]
+
+
+def short_search(model):
+    "A circuit after three steps"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a random model is right on few pairs
+        return discover(model, Pairs(), keep=.3, recipe=Recipe(steps=3, batch_size=3), progress=False)
+
+
+def holds(model):
+    "Assert that open masks give the untouched model and closed ones the corrupted prompt, bit for bit; returns the model's sites"
+    batch, sites = pairs().to(model.device), find_sites(model)
+    with torch.no_grad(), frozen(model):
+        clean, corrupt = (answer_logits(model, ids, batch.attention_mask) for ids in (batch.clean, batch.corrupt))
+    examples = prepare(model, batch)
+    for value, wanted in ((1., clean), (0., corrupt)):
+        gates = {l: torch.full(s, value) for l, s in level_shapes(sites).items()}
+        assert torch.equal(all_masked_logits(model, examples, site_masks(gates, sites)), wanted)
+    return sites

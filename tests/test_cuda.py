@@ -1,44 +1,15 @@
 """The same on a GPU: every family, half precision, one model over two devices, and a circuit that means the same on both. Skipped without one."""
-import warnings
-
 import pytest
 import torch
 
-from families import TINY, pairs, tiny
+from families import TINY, holds, pairs, short_search, tiny
 from mgprune import discover, load_model, tasks
 from mgprune.circuit import Circuit, jaccard
-from mgprune.masks import level_shapes, site_masks
-from mgprune.models import frozen
-from mgprune.sites import find_sites
-from mgprune.streams import all_masked_logits, answer_logits, fitting_size, free_bytes, prepare, verify
-from mgprune.training import Recipe
+from mgprune.streams import all_masked_logits, fitting_size, free_bytes, prepare, verify
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 kinds = pytest.mark.parametrize("kind", TINY)
 CLOSE = dict(rtol=1e-4, atol=1e-4)  # the GPU adds up in another order
-
-
-class Pairs:
-    "What a search needs of a task"
-    name, corruption, seed = "pairs", "random tokens", 0
-    def batch(self, split): return pairs()[[0, 1, 2, 0, 1, 2]]
-
-
-def holds(model):
-    "Assert that open masks give the untouched model and closed ones the corrupted prompt, bit for bit"
-    batch, sites = pairs().to(model.device), find_sites(model)
-    with torch.no_grad(), frozen(model):
-        clean, corrupt = (answer_logits(model, ids, batch.attention_mask) for ids in (batch.clean, batch.corrupt))
-    examples = prepare(model, batch)
-    for value, wanted in ((1., clean), (0., corrupt)):
-        gates = {l: torch.full(s, value) for l, s in level_shapes(sites).items()}
-        assert torch.equal(all_masked_logits(model, examples, site_masks(gates, sites)), wanted)
-
-
-def found(model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a random model is right on few pairs
-        return discover(model, Pairs(), keep=.3, recipe=Recipe(steps=3, batch_size=3), progress=False)
 
 
 @kinds
@@ -46,7 +17,7 @@ def test_every_family(kind, tmp_path):
     model = tiny(kind).to("cuda")
     verify(model)
     holds(model)
-    circuit = found(model)
+    circuit = short_search(model)
     assert all(s.device.type == "cpu" for s in circuit.scores.values())
     here = tiny(kind)
     moved = Circuit.load(circuit.save(tmp_path / "circuit.json"), here)
@@ -67,7 +38,7 @@ def test_one_model_on_two_devices():
     places = {"model.embed_tokens": "cuda", "model.rotary_emb": "cuda", "model.layers.0": "cuda", "model.layers.1": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
     model, here = accelerate.dispatch_model(tiny("llama"), places, main_device="cuda"), tiny("llama")
     holds(model)
-    circuit = found(model)
+    circuit = short_search(model)
     there, answers = (all_masked_logits(m, prepare(m, pairs()), circuit.masks()).cpu() for m in (model, here))
     torch.testing.assert_close(there, answers, **CLOSE)
 
