@@ -16,6 +16,7 @@ from pathlib import Path
 
 import seaborn as sns
 import torch
+from matplotlib import cycler
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize, TwoSlopeNorm, to_rgb
 from matplotlib.figure import Figure
@@ -347,11 +348,12 @@ def plot_frontier(
     rows_below = -(-len(curves) // 3)  # of the legend
     figure = Picture(figsize=(6.6, 2.6 + .2 * rows_below), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (name, points), colour, marker in zip(curves.items(), sns.color_palette("colorblind") * len(curves), "osD^vPX*<>" * len(curves)):
+    styles = cycler(ls=["-", "--", ":"]) * (cycler(color=sns.color_palette("colorblind")) + cycler(marker=[*"osD^vPX*<>"]))
+    for (name, points), style in zip(curves.items(), styles()):
         rows = [dict(p.provenance["metrics"], neurons=p.n_neurons()) if isinstance(p, Circuit) else p for p in points]
         x = [row["neurons"] for row in rows]
-        left.plot(x, [max(row["kl"], 1e-4) for row in rows], color=colour, marker=marker, ms=3, lw=1.2, label=name or None)
-        right.plot(x, [row["accuracy"] for row in rows], color=colour, marker=marker, ms=3, lw=1.2)
+        left.plot(x, [max(row["kl"], 1e-4) for row in rows], ms=3, lw=1.2, label=name or None, **style)
+        right.plot(x, [row["accuracy"] for row in rows], ms=3, lw=1.2, **style)
     left.set(xlabel="neurons kept", ylabel="KL(full ‖ circuit)", xscale="log", yscale="log")
     right.axhline(rows[0]["full_accuracy"], color="0.6", lw=.8, ls=":")
     right.set(xlabel="neurons kept", ylabel="accuracy", xscale="log", ylim=(0, 1.02))
