@@ -155,14 +155,14 @@ class Rounding(Packed):
         return super().forward(x + ((x / step).round() * step - x).detach())
 
 
-@pytest.mark.parametrize("Packed", [Packed, Rounding])
+@pytest.mark.parametrize("packing", [Packed, Rounding])
 @pytest.mark.parametrize("kind", ["opt", "qwen3"])
-def test_packed_weights(kind, Packed):
+def test_packed_weights(kind, packing):
     model = tiny(kind)
     for name, module in [*model.named_modules()]:
-        if isinstance(module, nn.Linear) and name != "lm_head": model.set_submodule(name, Packed(module))
+        if isinstance(module, nn.Linear) and name != "lm_head": model.set_submodule(name, packing(module))
     sites = holds(model)
-    assert sites == find_sites(tiny(kind)) and type(model.get_submodule(sites.mlp[0])) is Packed
+    assert sites == find_sites(tiny(kind)) and type(model.get_submodule(sites.mlp[0])) is packing
 
 
 @pytest.mark.parametrize("bits", [8, 4])
