@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['digest', 'write_file']
 
-# %% ../nbs/01_files.ipynb #844d6721
+# %% ../nbs/01_files.ipynb #a18f7d3c
 import hashlib, os, secrets
 from pathlib import Path
 
 from .arguments import InputError, as_path
 
-# %% ../nbs/01_files.ipynb #8342fc7b
+# %% ../nbs/01_files.ipynb #78b5c474
 def digest(
     content: bytes,  # of a file
 ) -> str:
     "Sixteen hexadecimal digits that identify the content"
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
-# %% ../nbs/01_files.ipynb #382f43fb
+# %% ../nbs/01_files.ipynb #0590d3c8
 def _write_aside(place, content):
     try: file = os.open(place.parent, os.O_WRONLY | os.O_TMPFILE, 0o666)
     except (OSError, AttributeError): file, nameless = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), False
@@ -27,7 +27,8 @@ def _write_aside(place, content):
         aside.write(content)
         aside.flush()
         os.fsync(aside.fileno())
-        if nameless: os.link(f"/proc/self/fd/{aside.fileno()}", place, follow_symlinks=True)
+        # with a src_dir_fd, which an absolute path makes no use of, Python calls linkat, which follows the link
+        if nameless: os.link(f"/proc/self/fd/{aside.fileno()}", place, src_dir_fd=aside.fileno(), follow_symlinks=True)
 
 def write_file(
     path: str | Path,  # of the file; its folder is made if it is not there
@@ -39,9 +40,10 @@ def write_file(
     aside = target.with_name(f".{secrets.token_hex(8)}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _write_aside(aside, content)
-        os.replace(aside, target)
+        try:
+            _write_aside(aside, content)
+            os.replace(aside, target)
+        finally: aside.unlink(missing_ok=True)
     except OSError as e: raise InputError(
         f"cannot write {str(path)!r}: {e.strerror or e}. Choose a place you may write to") from e
-    finally: aside.unlink(missing_ok=True)
     return path
