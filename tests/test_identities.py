@@ -7,7 +7,7 @@ from families import LENGTHS, TINY, pairs, tiny
 from mgprune.masks import LEVELS, SiteMasks, close, level_shapes, site_masks
 from mgprune.models import frozen
 from mgprune.sites import find_sites
-from mgprune.streams import (Batch, Routed, all_masked_logits, answer_logits, at_mlp, circuit_logits, hooks, prepare, record,
+from mgprune.streams import (Batch, Hook, Routed, all_masked_logits, answer_logits, at_mlp, circuit_logits, hooks, placed, prepare, record,
                              written_as)
 
 # families that compute throughout in double precision when asked to; the others keep norms, rotations or scores in single precision
@@ -75,7 +75,7 @@ def test_product_is_nested_interpolation(model, batch):
             return result
 
         module = model.get_submodule(sites.attention[l])
-        return [module.register_forward_pre_hook(neurons), module.register_forward_hook(sublayers)]
+        return [Hook(module, neurons), Hook(module, sublayers, after=True)]
 
     def written(l, result):
         other = corrupt.output[l]
@@ -91,7 +91,7 @@ def test_product_is_nested_interpolation(model, batch):
 
         expert_gate = g["expert"][l, -1] if "expert" in g else 1
         module = model.get_submodule(sites.mlp[l])
-        return [module.register_forward_pre_hook(hidden), module.register_forward_hook(lambda module, args, result: written(l, result))]
+        return [Hook(module, hidden), Hook(module, lambda module, args, result: written(l, result), after=True)]
 
     def mixture(l):
         experts, f = model.get_submodule(sites.experts[l]), sites.expert_width
@@ -110,9 +110,9 @@ def test_product_is_nested_interpolation(model, batch):
 
         return at_mlp(model, sites, l, summed)
 
-    handles = []
-    for l in range(sites.n_layers): handles += attention(l) + (mixture if isinstance(corrupt.mlp[l], Routed) else dense)(l)
-    with torch.no_grad(), hooks(*handles):
+    found = []
+    for l in range(sites.n_layers): found += attention(l) + (mixture if isinstance(corrupt.mlp[l], Routed) else dense)(l)
+    with torch.no_grad(), placed(found):
         nested = answer_logits(model, batch.clean, batch.attention_mask)
     assert torch.allclose(nested, logits_of(model, batch, site_masks(g, sites)), atol=1e-4, rtol=1e-4)
 
