@@ -349,7 +349,7 @@ SITES = {  # of a file: field -> what it has to be
     **dict.fromkeys(("attention", "mlp", "experts"), Names), "dense": Sizes, "parallel": bool,
     **dict.fromkeys(("n_heads", "head_width", "mlp_width", "width", "n_groups"), Annotated[int, between(1, 2 ** 24)]),
     **dict.fromkeys(("n_routed", "expert_width"), Annotated[int, between(0, 2 ** 24)])}
-LARGEST = 2 ** 26  # layers × width of the residual stream
+LARGEST = 2 ** 24  # layers × width of the residual stream
 
 def sites_of(
     data,  # what a file says

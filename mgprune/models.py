@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'Model', 'SMOLLM2_FILE', 'SIZES_OF_FILES', 'LOCKS', 'APPLIED', 'cache_folder', 'is_whole',
            'convert_smollm2', 'smollm2_folder', 'tokenizer_of', 'open_checkpoint', 'load_model', 'unwrapped', 'takes',
-           'claimed', 'frozen', 'weight_of', 'as_bytes', 'beside_weights', 'fingerprint']
+           'claimed', 'frozen', 'weight_of', 'as_bytes', 'adapters_on', 'beside_weights', 'fingerprint']
 
 # %% ../nbs/01_models.ipynb #b73561d0
 import hashlib, importlib.util, inspect, json, os, tempfile, threading
@@ -209,6 +209,17 @@ def as_bytes(
     return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 # %% ../nbs/01_models.ipynb #0d76e807
+def adapters_on(
+    model: torch.nn.Module,  # any torch module
+) -> list[tuple[str, Any]]:
+    "For each layer with adapters, as PEFT makes it: the adapters that are on, those that were merged, and their scales"
+    found = []
+    for name, layer in model.named_modules():
+        if not isinstance(getattr(layer, "disable_adapters", None), bool): continue
+        on = [] if layer.disable_adapters else [*layer.active_adapters]
+        found.append((f"{name} adapters", (on, [*layer.merged_adapters], {a: getattr(layer, "scaling", {}).get(a) for a in on})))
+    return found
+
 def beside_weights(
     model: torch.nn.Module,  # any torch module
 ) -> list[tuple[str, Any]]:
@@ -219,11 +230,7 @@ def beside_weights(
         owner, _, own = name.rpartition(".")
         stored = torch.is_tensor(value) and value.is_meta
         if name not in parameters: found[name] = weight_of(model.get_submodule(owner), own) if stored else value
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "disable_adapters", None), bool):  # a layer with adapters, as PEFT makes it
-            on = [] if module.disable_adapters else [*module.active_adapters]
-            found[f"{name} adapters"] = on, [*module.merged_adapters], {a: getattr(module, "scaling", {}).get(a) for a in on}
-    return sorted(found.items())
+    return sorted(found.items()) + adapters_on(model)
 
 # %% ../nbs/01_models.ipynb #47d320c4
 @checked

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['LLAMA', 'GPT2', 'BLOOM', 'MIXTRAL', 'FAMILIES', 'PARALLEL', 'Family', 'Sites', 'fan_in', 'fan_out', 'experts_shape',
-           'n_groups', 'ends', 'family_by_shape', 'family_of', 'module_at', 'find_sites']
+           'said', 'n_groups', 'ends', 'attention_and_rest', 'experts_in', 'mixture_by_shape', 'why_not',
+           'family_by_shape', 'text_config', 'family_of', 'module_at', 'find_sites']
 
 # %% ../nbs/02_sites.ipynb #d2babc53
 import re
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 
@@ -20,7 +22,7 @@ class Family:
     "Names of the modules that hold the nodes, for one kind of architecture"
     layers: str     # list of transformer layers, from the model
     attention: str  # output projection of the attention, from a layer
-    mlp: str        # output projection of the MLP, from a layer
+    mlp: str        # output projection of the MLP, from a layer; None where all layers have experts
     experts: str = None  # routed experts, from a layer that has them in place of one MLP
     shared: str = None   # output projection of the expert that all tokens go to, beside them
     parallel: bool = False  # the MLP of a layer reads what its attention reads, whatever the configuration says
@@ -68,6 +70,12 @@ class Sites:
         return len(self.attention)
 
     @property
+    def layers(self):
+        "Module name of each layer, the innermost module that holds both of its sites"
+        def shared(a, b): return ".".join(x for x, _ in takewhile(lambda pair: pair[0] == pair[1], zip(a.split("."), b.split("."))))
+        return tuple(shared(a, m or e) for a, m, e in zip(self.attention, self.mlp, self.experts or self.mlp))
+
+    @property
     def n_experts(self):
         "Experts per layer: the routed ones, then the shared one or a dense layer's MLP; 0 for a dense model"
         return self.n_routed + any(self.dense) if self.experts else 0
@@ -96,12 +104,20 @@ def experts_shape(
         "load the model without quantisation of the experts")
     return len(down), down[0].numel() // width + hasattr(experts, "down_proj_bias")
 
+def said(
+    config,  # of the model
+    name,    # of a setting
+):
+    "What a configuration says; None where it says nothing, or something else for each layer"
+    try: return getattr(config, name, None)
+    except RuntimeError: return None  # transformers asks for the layer
+
 def n_groups(
     config,  # of the model
 ):
     "Key/value heads per layer"
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False): return 1
-    return getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or config.num_attention_heads
+    if said(config, "multi_query") and not said(config, "new_decoder_architecture"): return 1
+    return said(config, "num_key_value_heads") or said(config, "num_kv_heads") or config.num_attention_heads
 
 # %% ../nbs/02_sites.ipynb #08df9f4b
 def ends(
@@ -114,34 +130,101 @@ def ends(
         if fan_in(module) and fan_out(module) == width: last[name.rpartition(".")[0]] = name
     return [*last.values()]
 
+def attention_and_rest(
+    layer,      # a transformer layer
+    width,      # of the residual stream
+    all_heads,  # heads × head width
+):
+    "The names of the projections that end an attention, and of those that end something else"
+    found = ends(layer, width)
+    by_name = [e for e in found if re.search("att", e, re.I)]
+    by_width = [e for e in found if fan_in(layer.get_submodule(e)) == all_heads]
+    attention = by_name if by_name or len(by_width) != 1 else by_width
+    return attention, [e for e in found if e not in attention]
+
+# %% ../nbs/02_sites.ipynb #02d47430
+def experts_in(
+    layer,  # a transformer layer
+):
+    "The names of the modules in it that hold routed experts: a list of them, or a weight with three axes"
+    def holds(module): return isinstance(module, torch.nn.ModuleList) or any(p.dim() == 3 for p in module.parameters(recurse=False))
+    return [name for name, module in layer.named_modules() if "expert" in name and holds(module)]
+
+def mixture_by_shape(
+    layers,     # the transformer layers of a model
+    width,      # of the residual stream
+    all_heads,  # heads × head width
+):
+    "Names in a layer of the end of its attention, of a dense MLP, of its routed experts and of the expert beside them; None if these differ"
+    names = {"attention": set(), "mlp": set(), "experts": set(), "shared": set()}
+    for layer in layers:
+        (attention, rest), experts = attention_and_rest(layer, width, all_heads), experts_in(layer)
+        inside = experts[0].rpartition(".")[0] + "." if experts else ""
+        if len(attention) != 1 or len(experts) > 1 or len(rest) > 1 or not (rest or experts) or not all(e.startswith(inside) for e in rest): return None
+        names["attention"].add(*attention)
+        names["shared" if experts else "mlp"].add(next(iter(rest), None))
+        if experts: names["experts"].add(*experts)
+    if all(len(found) <= 1 for found in names.values()): return {key: next(iter(found), None) for key, found in names.items()}
+
+# %% ../nbs/02_sites.ipynb #2d155dfc
+def why_not(
+    layers,     # the transformer layers of a model
+    width,      # of the residual stream
+    all_heads,  # heads × head width
+):
+    "Why the shapes of its modules do not show two sites per layer, in words"
+    (attention, rest), *others = (attention_and_rest(layer, width, all_heads) for layer in layers)
+    for i, other in enumerate(others, 1):
+        if other[0] != attention: return (
+            f"its layers are of several kinds: layer 0 ends in {', '.join(attention + rest)}, layer {i} in {', '.join(other[0] + other[1])}")
+    for what, found in (("attention", attention), ("MLP", rest)):
+        if len(found) > 1: return f"its layer holds more than one {what}, or what may be one: {', '.join(found)}"
+    experts = next(filter(None, map(experts_in, layers)), None)
+    if experts: return f"its layers hold routed experts, {experts[0]}" + (f", beside {', '.join(rest)}" if rest else "")
+    what = "attention" if not attention else "MLP" if not rest else "MLP, under one name in all layers,"
+    return f"no projection in its layers shows where the {what} ends"
+
+# %% ../nbs/02_sites.ipynb #81be11ca
 def family_by_shape(
     model,   # a Hugging Face causal language model
     config,  # of its text part
 ):
-    "The names of the modules by their shapes in the first layer; None if these do not decide"
-    n, width, heads = (getattr(config, k, None) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
-    if not (n and width and heads): return None
-    all_heads = heads * (getattr(config, "head_dim", None) or width // heads)
-    for layers, module in model.named_modules():
-        if not isinstance(module, torch.nn.ModuleList) or len(module) != n: continue
-        found = ends(module[0], width)
-        for is_attention in (lambda name: fan_in(module[0].get_submodule(name)) == all_heads, lambda name: re.search("att", name, re.I)):
-            attention, mlp = [e for e in found if is_attention(e)], [e for e in found if not is_attention(e)]
-            if len(attention) == len(mlp) == 1: return Family(layers, *attention, *mlp)
+    "The names of the modules by their shapes, which have to be alike in all layers"
+    n, width, heads = (said(config, name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    if not all(isinstance(x, int) and x > 0 for x in (n, width, heads)): raise InputError(
+        "its configuration does not say num_hidden_layers, hidden_size and num_attention_heads")
+    all_heads, reasons = heads * (said(config, "head_dim") or width // heads), []
+    for name, layers in model.named_modules():
+        if not isinstance(layers, torch.nn.ModuleList) or len(layers) != n or not ends(layers[0], width): continue
+        found = mixture_by_shape(layers, width, all_heads)
+        if found: return Family(name, **found)
+        reasons.append(why_not(layers, width, all_heads))
+    raise InputError(reasons[0] if reasons else f"it holds no list of {n} layers with projections to {width} numbers")
 
 # %% ../nbs/02_sites.ipynb #33a8161c
+def text_config(
+    model,  # a Hugging Face causal language model
+):
+    "The configuration of its text part"
+    config = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"): raise InputError(
+        f"expected a Hugging Face causal language model, got {type(model).__name__}, which has no such configuration: give the model itself")
+    if said(config, "is_encoder_decoder"): raise InputError(
+        f"{type(model).__name__} has an encoder and a decoder: circuits are found in models that have a decoder alone")
+    try: return config.get_text_config()
+    except (AttributeError, ValueError) as e: raise InputError(f"the configuration of {type(model).__name__} has no text part: {e}") from e
+
 def family_of(
     model,  # a Hugging Face causal language model
 ):
     "The names of its modules, from the table or by shape"
-    config = getattr(model, "config", None)
-    kind = getattr(config, "model_type", type(model).__name__)
-    family = FAMILIES.get(kind) or (hasattr(config, "get_text_config") and family_by_shape(model, config.get_text_config()))
-    if not family: raise InputError(
-        f"no sites are known for a model of type {kind!r}, and the shapes of its modules do not show which projections end the attention "
-        f"and the MLP. Known: {', '.join(sorted(FAMILIES))}. "
-        f"Add mgprune.sites.FAMILIES[{kind!r}] = Family(layers, attention, mlp) with the names of its modules")
-    return family
+    config, kind = text_config(model), said(model.config, "model_type") or type(model).__name__
+    if kind in FAMILIES: return FAMILIES[kind]
+    try: return family_by_shape(model, config)
+    except InputError as e: raise InputError(
+        f"no sites are known for {type(model).__name__}, a model of type {kind!r}, and its modules do not show them: {e}. "
+        f"If one projection ends the attention of every layer and another its MLP, add mgprune.sites.FAMILIES[{kind!r}] = "
+        "Family(layers, attention, mlp) with the names of the modules; a layer that holds more than these two cannot be masked") from e
 
 def module_at(
     model,  # a Hugging Face causal language model
@@ -151,7 +234,9 @@ def module_at(
     "The module of that name; None if it need not be there and is not"
     try: return model.get_submodule(name)
     except AttributeError as e:
-        if needed: raise InputError(f"{type(model).__name__} lacks a module that its family names: {e}") from e
+        if needed: raise InputError(
+            f"{type(model).__name__} lacks {name}, which its family names ({e}): its layers are of several kinds, or "
+            f"mgprune.sites.FAMILIES[{said(model.config, 'model_type')!r}] has to be corrected") from e
 
 # %% ../nbs/02_sites.ipynb #71808eca
 PARALLEL = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")  # how configurations say it
@@ -160,13 +245,15 @@ def find_sites(
     model,  # a Hugging Face causal language model
 ):
     "Find the sites of `model`, by its `config.model_type` or by shape"
-    family, config = family_of(model), model.config.get_text_config()
+    family, config = family_of(model), text_config(model)
     layers = [f"{family.layers}.{i}" for i in range(len(module_at(model, family.layers)))]
     attention = tuple(f"{l}.{family.attention}" for l in layers)
     experts = tuple(f"{l}.{family.experts}" if family.experts and module_at(model, f"{l}.{family.experts}", False) else None for l in layers)
-    ends = [family.shared if e else family.mlp for e in experts]
-    mlp = tuple(f"{l}.{e}" if e else None for l, e in zip(layers, ends))
-    heads, width = config.num_attention_heads, config.hidden_size
+    names = [family.shared if e else family.mlp for e in experts]
+    mlp = tuple(f"{l}.{e}" if e else None for l, e in zip(layers, names))
+    heads, width = said(config, "num_attention_heads"), said(config, "hidden_size")
+    if not heads or not width: raise InputError(
+        f"the configuration of {type(model).__name__} does not say num_attention_heads and hidden_size, which the sites are cut by")
     inputs = {fan_in(module_at(model, n)) for n in attention}
     if len(inputs) != 1 or not (n := inputs.pop()) or n % heads: raise InputError(
         f"the layers of {type(model).__name__} differ in their heads, or do not divide into {heads} heads: this model cannot be masked")
@@ -177,5 +264,5 @@ def find_sites(
     n_routed, expert_width = shapes.pop() if shapes else (0, 0)
     widest = max(d + bool(e) * n_routed * expert_width for d, e in zip(dense, experts))
     rest = (dense, experts if any(experts) else (), n_routed, expert_width) if any(experts) or len({*dense}) > 1 else ()
-    parallel = family.parallel or any(getattr(config, name, False) for name in PARALLEL)
+    parallel = family.parallel or any(said(config, name) for name in PARALLEL)
     return Sites(attention, mlp, heads, n // heads, widest, width, n_groups(config), *rest, parallel=parallel)

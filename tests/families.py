@@ -52,6 +52,11 @@ def tiny(kind, dtype=torch.float32):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     if dtype == torch.double and find_sites(model).experts: model.set_experts_implementation("eager")  # the grouped kernel has no double precision
+    return randomise(model)
+
+
+def randomise(model):
+    "The model with random numbers added to all weights, biases and norms included"
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
