@@ -8,16 +8,21 @@ __all__ = ['HardConcrete', 'Sigmoid', 'StraightThrough', 'is_open']
 # %% ../nbs/00_gates.ipynb #48b218fd
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+
+from .arguments import Must, above, check_fields
 
 # %% ../nbs/00_gates.ipynb #3312ce39
 @dataclass(frozen=True)
 class HardConcrete:
     "The Hard Concrete distribution of gates in [0, 1], one gate for each entry of `log_alpha`"
-    beta: float = 2 / 3   # temperature of the noise; lower makes samples closer to 0 or 1
-    gamma: float = -0.1   # lower end of the stretched interval, below 0
-    zeta: float = 1.1     # upper end of the stretched interval, above 1
+    beta: Annotated[float, above(0)] = 2 / 3  # temperature of the noise; lower makes samples closer to 0 or 1
+    gamma: Annotated[float, Must(lambda v: -math.inf < v < 0, "below 0")] = -0.1  # lower end of the stretched interval, below 0
+    zeta: Annotated[float, above(1)] = 1.1    # upper end of the stretched interval, above 1
+
+    def __post_init__(self): check_fields(self)
 
     def stretch(self,
         s,  # values in (0, 1), any shape

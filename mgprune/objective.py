@@ -8,12 +8,16 @@ __all__ = ['kl_divergence', 'set_logits', 'logit_difference', 'is_right', 'proba
 # %% ../nbs/07_objective.ipynb #fe7d93fd
 import torch
 
+from .models import InputError
+
 # %% ../nbs/07_objective.ipynb #a36a07a6
 def kl_divergence(
     full,    # [examples, vocabulary] log-probabilities of the full model
     logits,  # [examples, vocabulary] logits of the circuit
 ):
     "KL(full || circuit) of each example, in nats"
+    if full.shape != logits.shape: raise InputError(
+        f"answers of shape {tuple(full.shape)} and of shape {tuple(logits.shape)}, [examples, vocabulary]: these pairs were prepared on another model")
     return (full.exp() * (full - logits.float().log_softmax(-1))).sum(-1)
 
 # %% ../nbs/07_objective.ipynb #7e8cc048
