@@ -65,7 +65,7 @@ class Recipe:
     group_start: float = 6.       # score of blocks, heads and MLPs at the start, where neurons have 0
     group_price: float = 0.35     # of an open head or MLP, in heads' worth of neurons
     averaging: float = 0.05       # weight of the last step in the running average of the scores that ranks the nodes
-    errors: float = 1.64          # standard errors by which the measured divergence stays below the budget: 95 % confidence
+    errors: float = 1.64          # standard errors to stay below the budget: 95 % only for a normally distributed mean
     every: int = 10               # steps between two updates of the progress bar
 
 # %% ../nbs/10_training.ipynb #fbd47fee
