@@ -1,4 +1,4 @@
-"""Find the circuit behind a language model's behaviour, at every granularity at once."""
+"""Find a circuit behind a language model's behaviour, at every granularity at once."""
 __version__ = "0.1.0"
 
 from mgprune import export, plots, tasks, widgets
