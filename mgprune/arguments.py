@@ -19,6 +19,9 @@ class InputError(ValueError):
 
 # %% ../nbs/00_arguments.ipynb #895e483a
 class _Short(reprlib.Repr):
+    def repr_int(self, x, level):
+        return repr(x) if abs(x) < 10 ** 50 else "a whole number of over 50 digits"
+
     def repr_instance(self, x, level):
         plain = x is None or isinstance(x, (bool, numbers.Number, Path, type))
         return repr(x) if plain else f"a {type(x).__name__}"
@@ -30,7 +33,8 @@ def shown(
     value: Any,  # of any kind
 ) -> str:
     "The value in a few words, without control characters"
-    return _SHORT.repr(value)
+    said = _SHORT.repr(value)
+    return said if len(said) <= 200 else said[:197] + "..."
 
 # %% ../nbs/00_arguments.ipynb #8eabbd91
 def printable(

@@ -128,6 +128,7 @@ def activation_difference(
             total[i] += torch.stack([((a - b).abs() * real).sum((0, 1)) for a, b in zip(values(clean), values(corrupt))])
     return by_level(sites, *(t / batch.attention_mask.sum() for t in total))
 
+# %% ../nbs/11_attribution.ipynb #15707d79
 @checked
 def patching(
     model: Model,            # a Hugging Face causal language model

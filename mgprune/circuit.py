@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIE', 'FORMAT', 'Names', 'Sizes', 'Number', 'SITES', 'LARGEST', 'PROVENANCE', 'SETTINGS', 'Circuit', 'in_text',
-           'n_neurons', 'experts', 'from_kept', 'full_circuit', 'lowest', 'from_scores', 'combine', 'union',
+           'n_neurons', 'experts', 'masks', 'from_kept', 'full_circuit', 'lowest', 'from_scores', 'combine', 'union',
            'intersection', 'check_same_shape', 'jaccard', 'edge_counts', 'applied', 'check_sites', 'check_model',
            'as_text', 'json_path', 'check_replaceable', 'readable', 'save', 'read_json', 'sites_of', 'check_provenance',
            'tensors_of', 'load']
@@ -68,10 +68,6 @@ class Circuit(Extended):
         "Kept neurons: attention neurons as (layer, head, index), MLP neurons as (layer, index)"
         return {l: [tuple(i) for i in self.kept[l].nonzero().tolist()] for l in ("attention_neuron", "mlp_neuron")}
 
-    def masks(self):
-        "The circuit as SiteMasks of zeros and ones, on the model's device when used there"
-        return site_masks({l: k.float() for l, k in self.kept.items()}, self.sites)
-
     def __eq__(self, other):
         if not isinstance(other, Circuit): return NotImplemented
         return self.sites == other.sites and self.kept.keys() == other.kept.keys() and all(torch.equal(k, other.kept[l]) for l, k in self.kept.items())
@@ -104,7 +100,13 @@ def experts(
     "Kept experts as (layer, expert); none in a dense model"
     return [tuple(i) for i in circuit.kept["expert"].nonzero().tolist()] if "expert" in circuit.kept else []
 
-Circuit.n_neurons, Circuit.experts = n_neurons, experts
+def masks(
+    circuit,  # Circuit
+):
+    "The circuit as SiteMasks of zeros and ones, on the CPU"
+    return site_masks({l: k.float() for l, k in circuit.kept.items()}, circuit.sites)
+
+Circuit.n_neurons, Circuit.experts, Circuit.masks = n_neurons, experts, masks
 
 # %% ../nbs/08_circuit.ipynb #98a1d5c2
 @checked

@@ -64,7 +64,7 @@ def bound(
     each,    # [examples] divergence of a circuit on each pair
     errors,  # standard errors of the mean to add
 ):
-    "What the mean divergence on other pairs stays below, with the confidence that so many standard errors give"
+    "The mean divergence and so many standard errors of it: a normally distributed mean of other pairs would mostly stay below"
     return (each.mean() + errors * each.std(correction=0) / len(each) ** 0.5).item()
 
 # %% ../nbs/09_evaluation.ipynb #f9b5386a

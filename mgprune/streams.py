@@ -6,12 +6,13 @@
 __all__ = ['VERIFIED', 'MEANING', 'Pairs', 'Rows', 'Batch', 'answer_logits', 'Recording', 'nbytes', 'hooks', 'Hook', 'take_off',
            'placed', 'instead', 'at_attention', 'at_mlp', 'at_output', 'layer_width', 'Routed', 'written_as',
            'expert_neurons', 'at_experts', 'join', 'record', 'record_once', 'written', 'mix_experts', 'all_neurons',
-           'mix', 'interpolated', 'circuit_logits', 'asked', 'with_positions', 'Recorded', 'at_positions',
-           'recorded_prompts', 'short_pairs', 'step_of', 'apart', 'worst', 'padded_and_alone', 'without_parts',
-           'first_tensor', 'stages', 'changes', 'around_sites', 'at_last', 'closed_run', 'uniform_masks',
-           'between_layers', 'experts_sum', 'differences', 'check_gradient', 'state_of', 'check_place', 'refusal',
-           'verify', 'Examples', 'free_bytes', 'recording_bytes', 'example_bytes', 'fitting_size', 'check_surroundings',
-           'vocabulary', 'check_batch', 'prepare', 'masked_logits', 'all_masked_logits', 'examples_of']
+           'mix', 'interpolated', 'circuit_logits', 'asked', 'with_positions', 'texts', 'Recorded', 'rows_of',
+           'at_positions', 'recorded_prompts', 'short_pairs', 'step_of', 'apart', 'worst', 'padded_and_alone',
+           'without_parts', 'first_tensor', 'stages', 'changes', 'around_sites', 'at_last', 'closed_run',
+           'uniform_masks', 'between_layers', 'experts_sum', 'differences', 'check_gradient', 'state_of', 'check_place',
+           'refusal', 'verify', 'Examples', 'free_bytes', 'recording_bytes', 'example_bytes', 'fitting_size',
+           'check_surroundings', 'vocabulary', 'check_batch', 'prepare', 'masked_logits', 'all_masked_logits',
+           'examples_of']
 
 # %% ../nbs/04_streams.ipynb #2be7a8f9
 import inspect, threading
@@ -432,6 +433,13 @@ def with_positions(
     if given is None and "position_ids" in inspect.signature(module.forward).parameters: call.arguments["position_ids"] = wanted
 
 # %% ../nbs/04_streams.ipynb #9f60b8c4
+def texts(
+    ids,   # [examples, positions] token ids
+    mask,  # [examples, positions] 1 for a token, 0 for padding
+):
+    "The tokens of each row without padding, as tuples"
+    return [tuple(row[real > 0].tolist()) for row, real in zip(ids, mask)]
+
 class Recorded:
     "A recording that gives each forward pass the rows that belong to its prompts"
     def __init__(self,
@@ -439,23 +447,9 @@ class Recorded:
         batch,    # Batch of pairs
         corrupt,  # Recording of its corrupted prompts
     ):
-        self.model, self.batch, self.corrupt, self.now, self.rows = model, batch, replace(corrupt, logits=None), None, {}
-        self.keys, twins = (self.texts(ids, batch.attention_mask) for ids in (batch.clean, batch.corrupt))
+        self.model, self.corrupt, self.now, self.rows = model, replace(corrupt, logits=None), None, {}
+        self.keys, twins = (texts(ids, batch.attention_mask) for ids in (batch.clean, batch.corrupt))
         for row, (key, twin) in enumerate(zip(self.keys, twins)): self.rows.setdefault(key, {}).setdefault(twin, row)
-
-    def texts(self,
-        ids,   # [examples, positions] token ids
-        mask,  # [examples, positions] 1 for a token, 0 for padding
-    ):
-        "The tokens of each row without padding, as tuples"
-        return [tuple(row[real > 0].tolist()) for row, real in zip(ids, mask)]
-
-    def spoken(self,
-        key,  # tokens of a prompt
-    ):
-        "The prompt as text, or as token ids where no tokenizer is known"
-        tokenizer = getattr(self.model, "tokenizer", None)
-        return shown(tokenizer.decode(key) if tokenizer else key)
 
     def __call__(self):
         if self.now is None: raise InputError(
@@ -463,21 +457,24 @@ class Recorded:
             "run the whole model, without gradient checkpointing")
         return self.now
 
-    def find(self,
-        ids,   # [examples, positions] token ids
-        mask,  # [examples, positions] 1 for a token, 0 for padding
-    ):
-        "The recorded row of each row; what was not recorded is refused"
-        keys = self.texts(ids, mask)
-        if keys == self.keys: return [*range(len(keys))]
-        for i, key in enumerate(keys):
-            if key not in self.rows: raise InputError(
-                f"row {i} is not one of the {len(self.keys)} prompts that this circuit is applied to: "
-                f"{self.spoken(key)}. Apply it to a pair with this prompt; padding needs its attention_mask")
-            if len(self.rows[key]) > 1: raise InputError(
-                f"row {i}, {self.spoken(key)}, was recorded with {len(self.rows[key])} corrupt prompts: "
-                "run all recorded prompts in their order, or apply the circuit to one pair of them")
-        return [next(iter(self.rows[key].values())) for key in keys]
+# %% ../nbs/04_streams.ipynb #30c08f62
+def rows_of(
+    recorded,  # Recorded
+    ids,       # [examples, positions] token ids
+    mask,      # [examples, positions] 1 for a token, 0 for padding
+):
+    "The recorded row of each row; what was not recorded is refused"
+    keys, tokenizer = texts(ids, mask), getattr(recorded.model, "tokenizer", None)
+    if keys == recorded.keys: return [*range(len(keys))]
+    for i, key in enumerate(keys):
+        said, known = shown(tokenizer.decode(key) if tokenizer else key), recorded.rows.get(key, ())
+        if not known: raise InputError(
+            f"row {i} is not one of the {len(recorded.keys)} prompts that this circuit is applied to: {said}. "
+            "Apply it to a pair with this prompt; padding needs its attention_mask")
+        if len(known) > 1: raise InputError(
+            f"row {i}, {said}, was recorded with {len(known)} corrupt prompts: "
+            "run all recorded prompts in their order, or apply the circuit to one pair of them")
+    return [next(iter(recorded.rows[key].values())) for key in keys]
 
 # %% ../nbs/04_streams.ipynb #166e1cd4
 def at_positions(
@@ -504,7 +501,7 @@ def recorded_prompts(
     def before(module, args, named):
         call = inspect.signature(module.forward).bind(*args, **named)
         ids, mask = asked(module, call)
-        rows = recorded.find(ids, mask)
+        rows = rows_of(recorded, ids, mask)
         recorded.now = at_positions(recorded.corrupt, batch.attention_mask, rows, mask.to(batch.attention_mask))
         with_positions(module, call, mask)
         return call.args, call.kwargs
@@ -746,6 +743,7 @@ MEANING = {  # of each measured difference that is too large
     "experts": "the experts do not write what their neurons add up to",
 }
 
+# %% ../nbs/04_streams.ipynb #d3d246c1
 def check_place(
     model,  # a Hugging Face causal language model
 ):
