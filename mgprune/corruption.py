@@ -157,7 +157,7 @@ def corruption_named(
     allowed: Iterable[str],  # names that fit the task
 ):
     "The corruption of that name, if it fits the task"
-    fitting = [known for known in allowed if known in CORRUPTIONS]
+    fitting = [known for known in allowed if isinstance(known, str) and known in CORRUPTIONS]
     if name not in fitting: raise InputError(
         f"unknown corruption {shown(name)} for this task: expected one of {', '.join(fitting)}")
     return CORRUPTIONS[name]
