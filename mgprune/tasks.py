@@ -101,9 +101,15 @@ def pieces(
     tokenizer = tokenizer_of(model)
     return tuple(_decoded(_plain(text, tokenizer), tokenizer))
 
-def _listed(ids, tokenizer, most=10):
-    more = f", and {len(ids) - most} more" if len(ids) > most else ""
-    return f"[{', '.join(map(shown, _decoded(ids[:most], tokenizer)))}{more}]"
+def _short(parts, most=8):
+    return f"[{', '.join(map(shown, parts[:most]))}{', ...' * (len(parts) > most)}]"
+
+def _listed(ids, tokenizer): return _short(_decoded(ids[:40], tokenizer))  # as many bytes as eight characters have, and more
+
+def _where_they_part(one, other, tokenizer):
+    parts = _decoded(one, tokenizer), _decoded(other, tokenizer)
+    same = max(len(os.path.commonprefix(parts)) - 1, 0)
+    return [_short(["..."] * (same > 0) + part[same:]) for part in parts]
 
 # %% ../nbs/06_tasks.ipynb #6a6f0c4d
 @checked
@@ -115,7 +121,7 @@ def one_token(
     "The words that are one token each"
     tokenizer = tokenizer_of(model)
     words = [expect(word, "word", _TEXT, "one_token: ") for word in words]
-    texts = [word if word.startswith(before) else before + word for word in words]
+    texts = dict.fromkeys(word if word.startswith(before) else before + word for word in words)
     return tuple(text for text in texts if answer_id(text, tokenizer) is not None)
 
 # %% ../nbs/06_tasks.ipynb #c92123ad
@@ -125,8 +131,9 @@ def _unfit(kind, problem):
     return error
 
 def _in_tokens(word, first, tokenizer):
-    ids = _plain(word, tokenizer) if first else _follows(f" {word}", tokenizer)
-    return f"{shown(word)} is {len(ids)} {_listed(ids, tokenizer, 6)}", len(ids)
+    word = word if first else f" {word}"
+    ids = _plain(word, tokenizer) if first else _follows(word, tokenizer)
+    return f"{shown(word)} is {len(ids)} {_listed(ids, tokenizer)}", len(ids)
 
 def _unequal(pair, clean, corrupt, tokenizer):
     said = f"clean and corrupt prompt must have the same number of tokens, here {len(clean)} and {len(corrupt)}; change words until they do"
@@ -135,9 +142,8 @@ def _unequal(pair, clean, corrupt, tokenizer):
         for n, two in enumerate(zip(*words)):
             (one, a), (other, b) = (_in_tokens(word, n == 0, tokenizer) for word in two)
             if a != b: return _unfit("prompts of different length", f"{said}: {one}, {other}")
-    same = max(len(os.path.commonprefix([clean, corrupt])) - 1, 0)
-    rest = [_listed(ids[same:], tokenizer, 8) for ids in (clean, corrupt)]
-    return _unfit("prompts of different length", f"{said}: from token {same} on clean has {rest[0]}, corrupt {rest[1]}")
+    one, other = _where_they_part(clean, corrupt, tokenizer)
+    return _unfit("prompts of different length", f"{said}: clean has {one}, corrupt {other}")
 
 # %% ../nbs/06_tasks.ipynb #55d23600
 def _longest(model):
@@ -263,7 +269,7 @@ def cut_before(
     prompt = text[:places[which]]
     whole, ids = (read_prompt(t, tokenizer) for t in (text, prompt))
     if whole[:len(ids) + 1] != [*ids, answer_id(answer, tokenizer)]: raise InputError(
-        f"{shown(answer)} is not a token of its own in {shown(text)}, which has {_listed(whole[max(len(ids) - 2, 0):], tokenizer)} there; "
+        f"{shown(answer)} is not a token of its own in {shown(text)}, which has {_where_they_part(whole, ids, tokenizer)[0]} there; "
         "expected one whole token, usually a word with the space before it")
     return prompt
 
@@ -519,7 +525,7 @@ def _check_reading(name, pairs, tokenizer):
         whole = read_prompt(pair.clean + pair.answer[0], tokenizer)
         if whole != [*ids, answer_id(pair.answer[0], tokenizer)]: raise InputError(
             f"{name} does not fit this tokenizer, which does not read the answer {pair.answer[0]!r} as the token after the prompt: "
-            f"it ends in {_listed(whole[-3:], tokenizer)}. Use tasks.from_pairs with prompts of your own")
+            f"together they have {_where_they_part(whole, ids, tokenizer)[0]} there. Use tasks.from_pairs with prompts of your own")
 
 # %% ../nbs/06_tasks.ipynb #cc7beef1
 def _draw_gift(pool, rng):
@@ -798,7 +804,7 @@ def _pair(row, tokenizer=None):
     if not isinstance(row, Mapping): raise InputError(f"expected an object with {', '.join(FIELDS)}, got {shown(row)}")
     if "prompt" in row and any(str(key).endswith("_counterfactual") for key in row): row = _from_mib(row)
     columns = _columns(row)
-    values = {field: row[key] for field, key in columns.items() if not _absent(row[key])}
+    values = {field: row[key] for field, key in columns.items() if not (_absent(row[key]) or isinstance(row[key], str) and not row[key])}
     for field in FIELDS[2:]:
         if field in values: values[field] = _answers(values[field], str(columns[field]).strip().casefold().endswith("_idx"), tokenizer)
     missing = [field for field in FIELDS[:3] if field not in values or values[field] in ("", ())]
@@ -929,8 +935,8 @@ def _divide(pairs, seed):
 def _joined(pair, tokenizer):
     ids, whole = (read_prompt(text, tokenizer) for text in (pair.clean, pair.clean + pair.answer[0]))
     if whole != [*ids, answer_id(pair.answer[0], tokenizer)]: return (
-        f"together with its answer {shown(pair.answer[0])} the prompt is read as {_listed(whole[-4:], tokenizer)} at its end, not as "
-        f"{_listed(ids[-3:], tokenizer)} and the answer: a space belongs to the answer, not to the end of the prompt")
+        "together with its answer {} the prompt is read as {}, not as {} and the answer: a space belongs to the answer, not to the end "
+        "of the prompt").format(shown(pair.answer[0]), *_where_they_part(whole, ids, tokenizer))
     joined = [a for a in pair.answer + pair.wrong if a[:1].isalpha() and pair.clean[-1:].isalpha()]
     if joined: return (f"answer {shown(joined[0])} would go on in the middle of the word {shown(pair.clean.split()[-1])}; "
                        f"a new word is written {shown(' ' + joined[0])}")
