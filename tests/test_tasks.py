@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mgprune import tasks
 from mgprune.corruption import CORRUPTIONS, corruption_named, random_tokens
+from mgprune.files import digest
 from mgprune.masks import level_shapes, site_masks
 from mgprune.models import InputError, cache_folder, load_model
 from mgprune.objective import is_right, logit_difference, probability_difference
@@ -87,6 +88,31 @@ def test_the_same_seed_gives_the_same_pairs_whatever_the_global_state(model, nam
     assert random.getstate() == state
     other = tasks.load(model, name, corruption=corruption, n=SMALL, seed=4)
     assert first != other and first.train != other.train
+
+
+DRAWN = {
+    "ioi unrelated_names": "73345ebc8cf1222d",
+    "ioi swap_subject": "f5ecf9a0bf7c37fd",
+    "greater_than year_01": "e17333d896b307cc",
+    "greater_than decade_start": "95177c51057098cd",
+    "gendered_pronoun other_gender": "87523b82d6875a23",
+    "gendered_pronoun neutral_word": "636ded23ce4fc705",
+    "subject_verb_agreement other_number": "cd05c84bf947f918",
+    "docstring unrelated_words": "360a3b11d0905af8",
+    "docstring swap_listed": "7686d42c0f078642",
+    "induction unrelated_words": "abfe598e5f2ab920",
+    "induction swap_listed": "6e3d801144ce3733",
+    "capital other_question": "dc8488be2021ae16",
+    "addition other_question": "0b9e408460343fe0",
+    "multiple_choice other_question": "7a9da79033b7da06",
+    "multiple_choice swap_listed": "65f971b1c2a992ab"}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_seed_goes_on_giving_the_pairs_it_gave(model, name):
+    task, corruption = name.split()
+    drawn = [(p.clean, p.corrupt, p.answer, p.wrong) for part in splits(tasks.load(model, task, corruption=corruption, n=(8, 8, 8))) for p in part]
+    assert digest(repr(drawn).encode()) == DRAWN[name]
 
 
 @pytest.mark.parametrize("name, corruption", KNOWN)
