@@ -45,7 +45,8 @@ class Pair:
     def __post_init__(self):
         for name in ("answer", "wrong"):  # one text is as good as a tuple of one
             value = getattr(self, name)
-            if isinstance(value, (str, list)): object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            value = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+            object.__setattr__(self, name, value)
         check_fields(self)
 
 # %% ../nbs/06_tasks.ipynb #19c38587
@@ -136,14 +137,14 @@ def _in_tokens(word, first, tokenizer):
     return f"{shown(word)} is {len(ids)} {_listed(ids, tokenizer)}", len(ids)
 
 def _unequal(pair, clean, corrupt, tokenizer):
-    said = f"clean and corrupt prompt must have the same number of tokens, here {len(clean)} and {len(corrupt)}; change words until they do"
+    said = f"clean and corrupt prompt must have the same number of tokens, here {len(clean)} and {len(corrupt)}"
     words = [text.split() for text in (pair.clean, pair.corrupt)]
     if len(words[0]) == len(words[1]) > 1:
         for n, two in enumerate(zip(*words)):
             (one, a), (other, b) = (_in_tokens(word, n == 0, tokenizer) for word in two)
-            if a != b: return _unfit("prompts of different length", f"{said}: {one}, {other}")
+            if a != b: return _unfit("prompts of different length", f"{said}: {one}, {other}. Change words until they do")
     one, other = _where_they_part(clean, corrupt, tokenizer)
-    return _unfit("prompts of different length", f"{said}: clean has {one}, corrupt {other}")
+    return _unfit("prompts of different length", f"{said}: clean has {one}, corrupt {other}. Change words until they do")
 
 # %% ../nbs/06_tasks.ipynb #55d23600
 def _longest(model):
@@ -207,9 +208,10 @@ SKIPPABLE = "\nMend this, or leave it out with skip=True"
 def _report(unfit, count):
     if len(unfit) == 1: return f"{unfit[0][0]}: {unfit[0][1]}"
     kinds = Counter(getattr(error, "kind", "what cannot be read") for _, error in unfit).most_common(3)
-    first = [f"{where[-40:]}: {str(error)[:90]}{' ...' * (len(str(error)) > 90)}" for where, error in unfit[:2]]
+    first = [f"{where[-40:]}: {str(error)[:120]}{' ...' * (len(str(error)) > 120)}" for where, error in unfit[:2]]
     more = [f"and {len(unfit) - 2} more"] * (len(unfit) > 2)
-    return "\n".join([f"{len(unfit)} of {count} pairs cannot be used ({', '.join(f'{n} with {kind}' for kind, n in kinds)}):", *first, *more])
+    counted = ", ".join(f"{n} with {kind}" for kind, n in kinds)
+    return "\n".join([f"{len(unfit)} of {count} pairs cannot be used ({counted}):", *first, *more])
 
 def _sift(rows, read, skip=False, hint=""):
     kept, unfit = [], []
@@ -287,7 +289,8 @@ def chat(
         "this tokenizer has no chat template: take a model that was trained to answer questions, or write the prompt as plain text")
     said = [dict(role="system", content=system)] * (system is not None) + [dict(role="user", content=question)]
     try: text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-    except Exception as e: raise InputError(f"the tokenizer's chat template refuses this: {str(e)[:200]}") from e  # templates raise what they like
+    except Exception as e:  # templates raise what they like
+        raise InputError(f"the tokenizer's chat template refuses this: {str(e)[:200]}") from e
     first = tokenizer.bos_token  # where the tokenizer writes it by itself, the template's would be a second one
     if first and tokenizer("the").input_ids[0] == tokenizer.bos_token_id: text = text.removeprefix(first)
     return text + reply
@@ -546,13 +549,14 @@ def ioi(
 
 # %% ../nbs/06_tasks.ipynb #9d9f1f12
 def _reads_year(tokenizer, year, known):
-    return _plain(f"the year {year}", tokenizer) == _plain(f"the year {year[:known]}", tokenizer) + [answer_id(year[known:], tokenizer)]
+    stem = _plain(f"the year {year[:known]}", tokenizer)
+    return _plain(f"the year {year}", tokenizer) == [*stem, answer_id(year[known:], tokenizer)]
 
 def _known_digits(tokenizer):
     for known in (2, 3):
         if _reads_year(tokenizer, "1732", known): return known
-    raise InputError(f"this tokenizer reads ' 1732' as {list(pieces(tokenizer, ' 1732'))}; greater_than needs the last two digits, or "
-                     "the last one, to be a token of their own: use tasks.from_pairs with prompts of your own")
+    raise InputError(f"this tokenizer reads ' 1732' as {list(pieces(tokenizer, ' 1732'))}; greater_than needs the last two "
+                     "digits, or the last one, to be a token of their own: use tasks.from_pairs with prompts of your own")
 
 # %% ../nbs/06_tasks.ipynb #5c98c942
 def _years(tokenizer, known, change):

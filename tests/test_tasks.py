@@ -278,8 +278,8 @@ def test_parts_share_no_prompt_and_lose_none(count, seed):
 
 
 REFUSED = [
-    (dict(corrupt="Then Mary and John met"), r"pair 2: clean and corrupt prompt must have the same number of tokens, here 3 and 5; .* clean has \['Then', ' Laura', ' met'\], corrupt \['Then', ' Mary', ' and', ' John', ' met'\]"),
-    (dict(clean="Then Zoe met"), r"here 6 and 3; change words until they do: ' Zoe' is 4 \[' ', 'Z', 'o', 'e'\], ' Tom' is 1 \[' Tom'\]"),
+    (dict(corrupt="Then Mary and John met"), r"pair 2: clean and corrupt prompt must have the same number of tokens, here 3 and 5: clean has \['Then', ' Laura', ' met'\], corrupt \['Then', ' Mary', ' and', ' John', ' met'\]"),
+    (dict(clean="Then Zoe met"), r"here 6 and 3: ' Zoe' is 4 \[' ', 'Z', 'o', 'e'\], ' Tom' is 1 \[' Tom'\]"),
     (dict(answer=[" Annabel"]), r"pair 2: answer ' Annabel' is not one token but \[.*space before the word"),
     (dict(wrong=[" Annabel"]), "pair 2: answer ' Annabel' is not one token"),
     (dict(answer=[]), "pair 2: answer is missing or empty"),
