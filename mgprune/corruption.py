@@ -203,4 +203,5 @@ def _random_id(tokenizer, rng):
         i = rng.randrange(size)
         text = tokenizer.decode([*first, i], clean_up_tokenization_spaces=False)[len(tokenizer.decode(first)):]
         if i not in special and text.isascii() and text.startswith(" ") and text.strip().isalpha(): return i
-    raise InputError(f"no word among {PATIENCE} tokens of this tokenizer: expected one with English words; write the corrupt prompts by hand")
+    raise InputError(f"no word among {PATIENCE} tokens of this tokenizer: expected one with English words; "
+                     "write the corrupt prompts by hand")

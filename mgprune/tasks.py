@@ -159,8 +159,8 @@ def _embedded(model):
 
 # %% ../nbs/06_tasks.ipynb #027b6568
 def _beyond(ids, text, embedded):
-    return _unfit("tokens that the model does not have", f"token {max(ids)} in {shown(text)} is not among the {embedded} that this "
-                  "model has; use other words, or model.resize_token_embeddings(len(tokenizer)) and train the new ones")
+    return _unfit("tokens that the model does not have",
+                  f"token {max(ids)} in {shown(text)} is not among the {embedded} that this model has; use other words, or model.resize_token_embeddings(len(tokenizer)) and train the new ones")
 
 def _several(text, tokenizer):
     spaced = f" {text}"
@@ -192,7 +192,8 @@ class _Reader:
         if len(ids) > self.longest: raise _unfit(
             "a prompt that is too long", f"the {which} prompt has {len(ids)} tokens; this model takes at most {self.longest}")
         if self.unknown & {*ids}: raise _unfit(
-            "characters that the tokenizer does not know", f"the tokenizer cannot read all of {shown(text)}; use other characters")
+            "characters that the tokenizer does not know",
+            f"the tokenizer cannot read all of {shown(text)}; use other characters")
         if max(ids) >= self.embedded: raise _beyond(ids, text, self.embedded)
         return ids
 
@@ -236,8 +237,8 @@ def _listing(pairs, part=""):
     try: listed = list(pairs)
     except TypeError: listed = None
     if listed is None or isinstance(pairs, (Pair, Mapping, str, bytes, bytearray, set, frozenset)): raise InputError(
-        f"pairs={shown(pairs)}: expected a list of pairs, in an order of its own; one pair is written [pair], and a dictionary of "
-        "columns [dict(zip(columns, row)) for row in zip(*columns.values())]")
+        f"pairs={shown(pairs)}: expected a list of pairs, in an order of its own; one pair is written [pair], and a "
+        "dictionary of columns [dict(zip(columns, row)) for row in zip(*columns.values())]")
     return [(f"{part}pair {i}", pair) for i, pair in enumerate(listed)]
 
 def _encoded(rows, model):
@@ -271,8 +272,8 @@ def cut_before(
     prompt = text[:places[which]]
     whole, ids = (read_prompt(t, tokenizer) for t in (text, prompt))
     if whole[:len(ids) + 1] != [*ids, answer_id(answer, tokenizer)]: raise InputError(
-        f"{shown(answer)} is not a token of its own in {shown(text)}, which has {_where_they_part(whole, ids, tokenizer)[0]} there; "
-        "expected one whole token, usually a word with the space before it")
+        f"{shown(answer)} is not a token of its own in {shown(text)}, which has {_where_they_part(whole, ids, tokenizer)[0]} "
+        "there; expected one whole token, usually a word with the space before it")
     return prompt
 
 # %% ../nbs/06_tasks.ipynb #bc45f242
@@ -344,7 +345,7 @@ def _check(task):
         f"{said}: the clean prompt {shown(min(shared))} is in more than one part; expected disjoint parts")
     pairs, batches = task.train + task.valid + task.test, task._batches.values()
     if all((b.clean == b.corrupt).all() for b in batches): raise InputError(
-        f"{said}: clean and corrupt prompt are the same in all {len(pairs)} pairs; expected a corrupt prompt that lacks the behaviour")
+        f"{said}: clean and corrupt prompt are the same in all {len(pairs)} pairs; expected corrupt prompts that differ")
     for doubt, count in _doubts(pairs, batches, task.tokenizer).items():
         if count: warnings.warn(f"{said}, {count} of {len(pairs)} pairs: {doubt}.", stacklevel=4)
 
@@ -754,6 +755,8 @@ ALIASES = dict(corrupted="corrupt", correct="answer", answers="answer", incorrec
                correct_idx="answer", incorrect_idx="wrong")  # _idx: token ids, as in the files of EAP-IG
 IGNORED = ("corrupted_hard",)  # a second corrupt prompt in the files of EAP-IG
 
+def _names_ids(key): return str(key).strip().casefold().endswith("_idx")
+
 def _columns(keys):
     columns = {}
     for k, key in enumerate(keys):
@@ -764,14 +767,13 @@ def _columns(keys):
             f"unknown field {shown(key)}: it is not used; expected {', '.join(FIELDS)}. Rename it, or drop it")
         if name in columns: raise InputError(f"{shown(columns[name])} and {shown(key)} are both the field {name}; keep one")
         columns[name] = key
-    ids = [str(columns.get(field, "")).strip().casefold().endswith("_idx") for field in FIELDS[2:]]
-    if ids[0] and "wrong" not in columns: raise InputError(
-        "correct_idx without incorrect_idx may be a token id or, as in EAP-IG's greater-than, a year: write the answers out as answer")
+    if _names_ids(columns.get("answer")) and "wrong" not in columns: raise InputError(
+        "correct_idx without incorrect_idx may be a token id or, as in EAP-IG's greater-than, a year: write out the answers")
     return columns
 
 # %% ../nbs/06_tasks.ipynb #420c13bf
 def _absent(value):
-    try: return value is None or bool(value != value)  # NaN
+    try: return value is None or isinstance(value, str) and not value or bool(value != value)  # NaN
     except Exception: return type(value).__name__ == "NAType"  # of pandas, which compares to nothing
 
 def _word_of(value, tokenizer):
@@ -800,7 +802,8 @@ def _from_mib(row):
         names = ", ".join(str(key) for key in row if str(key).endswith("_counterfactual"))
         raise InputError(f"a record of MIB with the counterfactuals {names[:200]}: choose one, and write "
                          "dict(clean=row['prompt'], corrupt=row[...]['prompt'], answer=..., wrong=...)")
-    return dict(clean=row["prompt"], corrupt=other.get("prompt"), answer=f" {said['indirect_object']}", wrong=f" {said['subject']}")
+    answer, wrong = (f" {said[name]}" for name in ("indirect_object", "subject"))
+    return dict(clean=row["prompt"], corrupt=other.get("prompt"), answer=answer, wrong=wrong)
 
 def _pair(row, tokenizer=None):
     if isinstance(row, InputError): raise row  # a line of a file that could not be read
@@ -808,9 +811,9 @@ def _pair(row, tokenizer=None):
     if not isinstance(row, Mapping): raise InputError(f"expected an object with {', '.join(FIELDS)}, got {shown(row)}")
     if "prompt" in row and any(str(key).endswith("_counterfactual") for key in row): row = _from_mib(row)
     columns = _columns(row)
-    values = {field: row[key] for field, key in columns.items() if not (_absent(row[key]) or isinstance(row[key], str) and not row[key])}
+    values = {field: row[key] for field, key in columns.items() if not _absent(row[key])}
     for field in FIELDS[2:]:
-        if field in values: values[field] = _answers(values[field], str(columns[field]).strip().casefold().endswith("_idx"), tokenizer)
+        if field in values: values[field] = _answers(values[field], _names_ids(columns[field]), tokenizer)
     missing = [field for field in FIELDS[:3] if field not in values or values[field] in ("", ())]
     if missing: raise InputError(f"{', '.join(missing)} is missing or empty; expected {', '.join(FIELDS)}")
     return Pair(**values)
@@ -828,7 +831,8 @@ def _cells(text, separator):
         while not cells or text.startswith(separator, place):
             place += bool(cells)  # the separator
             cell = quoted.match(text, place) or plain.match(text, place)
-            if cell.re is plain and cell[0].lstrip(" ").startswith('"'): raise InputError(f"line {line}: {_UNCLOSED}, got {shown(cell[0])}")
+            if cell.re is plain and cell[0].lstrip(" ").startswith('"'):
+                raise InputError(f"line {line}: {_UNCLOSED}, got {shown(cell[0])}")
             cells.append(cell[1].replace('""', '"') if cell.re is quoted else cell[0])
             place, line = cell.end(), line + len(_END.findall(cell[0])) - 1
         place, line = _END.match(text, place).end(), line + 1
@@ -862,7 +866,8 @@ def _csv_rows(text):
     try: columns = _columns(header)
     except InputError as e: raise InputError(f"line {line}: {e}") from e
     missing = [field for field in FIELDS[:3] if field not in columns]
-    if missing: raise InputError(f"line {line}: {', '.join(missing)} is missing in the header {shown(header)}; expected {', '.join(FIELDS)}")
+    if missing: raise InputError(
+        f"line {line}: {', '.join(missing)} is missing in the header {shown(header)}; expected {', '.join(FIELDS)}")
     for line, cells in rows: yield f"line {line}", _csv_row(columns, header, cells)
 
 # %% ../nbs/06_tasks.ipynb #d0e36e87
@@ -893,7 +898,8 @@ _ENDINGS = f"{', '.join([*FORMATS][:-1])} or {[*FORMATS][-1]}"
 def _read_text(path):
     try: content = path.read_bytes()
     except FileNotFoundError as e: raise InputError(f"no file {shown(str(path))}: expected the path of a file with pairs") from e
-    except OSError as e: raise InputError(f"cannot read {shown(str(path))}: {e.strerror}; expected the path of a file with pairs") from e
+    except OSError as e: raise InputError(
+        f"cannot read {shown(str(path))}: {e.strerror}; expected the path of a file with pairs") from e
     try: text = content.decode("utf-8-sig")
     except UnicodeDecodeError as e: raise InputError(
         f"{path.name}, line {content[:e.start].count(10) + 1}: not UTF-8 text; save the file as UTF-8") from e
@@ -939,8 +945,8 @@ def _divide(pairs, seed):
 def _joined(pair, tokenizer):
     ids, whole = (read_prompt(text, tokenizer) for text in (pair.clean, pair.clean + pair.answer[0]))
     if whole != [*ids, answer_id(pair.answer[0], tokenizer)]: return (
-        "together with its answer {} the prompt is read as {}, not as {} and the answer: a space belongs to the answer, not to the end "
-        "of the prompt").format(shown(pair.answer[0]), *_where_they_part(whole, ids, tokenizer))
+        "together with its answer {} the prompt is read as {}, not as {} and the answer: a space belongs to the answer, not to the "
+        "end of the prompt").format(shown(pair.answer[0]), *_where_they_part(whole, ids, tokenizer))
     joined = [a for a in pair.answer + pair.wrong if a[:1].isalpha() and pair.clean[-1:].isalpha()]
     if joined: return (f"answer {shown(joined[0])} would go on in the middle of the word {shown(pair.clean.split()[-1])}; "
                        f"a new word is written {shown(' ' + joined[0])}")
@@ -986,5 +992,6 @@ def load(
         f"unknown task {shown(str(name))}: expected {', '.join(BUILT_IN)}, or a file that ends in {_ENDINGS}")
     allowed = ("corruption", "seed", "n") if make else ("corruption", "seed", "name", "skip")
     for option in options:
-        if option not in allowed: raise InputError(f"task {shown(str(name))} takes no option {shown(option)}; expected {', '.join(allowed)}")
+        if option not in allowed: raise InputError(
+            f"task {shown(str(name))} takes no option {shown(option)}; expected {', '.join(allowed)}")
     return make(model, **options) if make else from_pairs(model, path, **options)
