@@ -13,7 +13,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mgprune import tasks
-from mgprune.corruption import CORRUPTIONS, random_tokens
+from mgprune.corruption import CORRUPTIONS, corruption_named, random_tokens
+from mgprune.files import digest
 from mgprune.masks import level_shapes, site_masks
 from mgprune.models import InputError, cache_folder, load_model
 from mgprune.objective import is_right, logit_difference, probability_difference
@@ -87,6 +88,31 @@ def test_the_same_seed_gives_the_same_pairs_whatever_the_global_state(model, nam
     assert random.getstate() == state
     other = tasks.load(model, name, corruption=corruption, n=SMALL, seed=4)
     assert first != other and first.train != other.train
+
+
+DRAWN = {
+    "ioi unrelated_names": "73345ebc8cf1222d",
+    "ioi swap_subject": "f5ecf9a0bf7c37fd",
+    "greater_than year_01": "e17333d896b307cc",
+    "greater_than decade_start": "95177c51057098cd",
+    "gendered_pronoun other_gender": "87523b82d6875a23",
+    "gendered_pronoun neutral_word": "636ded23ce4fc705",
+    "subject_verb_agreement other_number": "cd05c84bf947f918",
+    "docstring unrelated_words": "360a3b11d0905af8",
+    "docstring swap_listed": "7686d42c0f078642",
+    "induction unrelated_words": "abfe598e5f2ab920",
+    "induction swap_listed": "6e3d801144ce3733",
+    "capital other_question": "dc8488be2021ae16",
+    "addition other_question": "0b9e408460343fe0",
+    "multiple_choice other_question": "7a9da79033b7da06",
+    "multiple_choice swap_listed": "65f971b1c2a992ab"}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_seed_goes_on_giving_the_pairs_it_gave(model, name):
+    task, corruption = name.split()
+    drawn = [(p.clean, p.corrupt, p.answer, p.wrong) for part in splits(tasks.load(model, task, corruption=corruption, n=(8, 8, 8))) for p in part]
+    assert digest(repr(drawn).encode()) == DRAWN[name]
 
 
 @pytest.mark.parametrize("name, corruption", KNOWN)
@@ -252,19 +278,21 @@ def test_parts_share_no_prompt_and_lose_none(count, seed):
 
 
 REFUSED = [
-    (dict(corrupt="Then Mary and John met"), r"pair 2: clean and corrupt prompt must have the same number of tokens(.|\n)*clean: 3 .*\n?.*corrupt: 5 "),
+    (dict(corrupt="Then Mary and John met"), r"pair 2: clean and corrupt prompt must have the same number of tokens, here 3 and 5: clean has \['Then', ' Laura', ' met'\], corrupt \['Then', ' Mary', ' and', ' John', ' met'\]"),
+    (dict(clean="Then Zoe met"), r"here 6 and 3: ' Zoe' is 4 \[' ', 'Z', 'o', 'e'\], ' Tom' is 1 \[' Tom'\]"),
     (dict(answer=[" Annabel"]), r"pair 2: answer ' Annabel' is not one token but \[.*space before the word"),
     (dict(wrong=[" Annabel"]), "pair 2: answer ' Annabel' is not one token"),
     (dict(answer=[]), "pair 2: answer is missing or empty"),
-    (dict(answer=[""]), "pair 2: answer '' is not one token"),
+    (dict(answer=[""]), r"pair 2: Pair: answer=\(''.*\): expected one or more texts, none of them empty"),
+    (dict(answer="Anna"), "pair 2: answer 'Anna' is not one token but .*; ' Anna', with the space before it, is one"),
     (dict(wrong=[" Lucy"]), r"pair 2: \[' Lucy'\] is given as right and as wrong"),
     (dict(clean=""), "pair 2: clean is missing or empty"),
-    (dict(clean=3), "pair 2: expected a text in quotes as clean, got 3"),
-    (dict(answer=3), "pair 2: expected a text in quotes or a list of them"),
-    (dict(answer=[3]), "pair 2: expected a text in quotes or a list of them"),
+    (dict(clean=3), "pair 2: Pair: clean=3: expected a text"),
+    (dict(answer=3), "pair 2: 3 as an answer: expected a text in quotes"),
+    (dict(answer=[3]), "pair 2: 3 as an answer: expected a text in quotes"),
     (dict(clean="Then Mary met\u00e9", corrupt="Then John met\u00e9"), "pair 2: the tokenizer cannot read all of"),
     (dict(clean="Then" + " Mary" * 64, corrupt="Then" + " John" * 64), "pair 2: the clean prompt has 65 tokens; this model takes at most 64"),
-    (dict(worng=" Anna"), "pair 2: unknown field 'worng'; expected clean, corrupt, answer, wrong"),
+    (dict(worng=" Anna"), "pair 2: unknown field 'worng': it is not used; expected clean, corrupt, answer, wrong"),
 ]
 
 
@@ -292,22 +320,40 @@ GOOD = json.dumps(ROWS[0])
     ("a.jsonl", f'{GOOD}\n{{"clean": "a", "corrupt": "b"}}\n', r"a.jsonl, line 2: answer is missing"),
     ("a.csv", "", "no pairs"),
     ("a.csv", "clean,corrupt,answer,wrong\n", "no pairs"),
-    ("a.csv", "clean,answer\na,b\n", "a.csv, line 2: corrupt is missing"),
+    ("a.csv", "clean,answer\na,b\n", "a.csv, line 1: corrupt is missing in the header"),
+    ("a.csv", "clean,corrupt,answer\na,b\n", "a.csv, line 2: answer is missing"),
     ("a.csv", "clean,corrupt,answer,wrong\nOh, Mary,Oh John, Anna, Paul\n", "a.csv, line 2: more cells than columns"),
-    ("a.csv", 'clean,corrupt,answer,wrong\na,b,[c, d\n', "a.csv, line 2: '\\[c' is no JSON list|more cells"),
-    ("a.csv", "prompt,corrupt,answer\na,b,c\n", "a.csv, line 2: unknown field 'prompt'"),
-    ("a.txt", "a", "ends in .csv or .jsonl"),
+    ("a.csv", 'clean,corrupt,answer,wrong\na,b,[c, d\n', r"a.csv, line 2: answer '\[c' is not one token"),
+    ("a.csv", "prompt,corrupt,answer\na,b,c\n", "a.csv, line 1: unknown field 'prompt'"),
+    ("a.csv", 'clean,corrupt,answer\n"a\n",b, c\n"a,b, c\n' + "a,b, c\n" * 50_000, "a.csv, line 4: a cell that begins with a quotation mark"),
+    ("a.csv", "clean;corrupt;answer\na;b;[c]\n", r"a.csv, line 2: '\[c\]' is no list"),
+    ("a.csv", "clean,corrupt,answer,answers\na,b,c,d\n", "a.csv, line 1: 'answer' and 'answers' are both the field answer"),
+    ("a.csv", "clean,corrupt,correct_idx\na,b,1\n", "a.csv, line 1: correct_idx without incorrect_idx"),
+    ("a.csv", "clean,corrupted,correct_idx,incorrect_idx\na,b,7000,8\n", "a.csv, line 2: token id '7000': expected a whole number below 633"),
+    ("a.csv", "clean,corrupt,answer\na,b,c\0\n", "a.csv, line 2: the character NUL"),
+    ("a.csv", f"clean,corrupt,answer\na,{'b' * 200_000},c\n", "a.csv, line 2: .*the tokenizer|a.csv, line 2: the corrupt prompt has"),
+    ("a.json", f'[{GOOD},\n{{"clean"}}]', "a.json, line 2: no JSON"),
+    ("a.jsonl", "[" * 100_000, "a.jsonl, no JSON that can be read"),
+    ("a.jsonl", '{"clean": ' + "9" * 5000 + "}", "a.jsonl, line 1: no JSON object"),
+    ("a.jsonl", '{"clean": "\\ud800", "corrupt": "b", "answer": "c"}', "a.jsonl, line 1: Pair: clean='.ud800': expected a text that UTF-8 can write"),
+    ("a.jsonl", '{"clean": "a", "clean": "b", "corrupt": "b", "answer": "c"}', "a.jsonl, line 1: no JSON object .a name stands twice"),
+    ("a.json", '{"clean": {"0": "a"}, "corrupt": {"0": "b"}, "answer": {"0": "c"}}', "a.json, line 1: {'0': 'c'} as an answer: expected a text"),
+    ("a.txt", "a", "ends in .csv, .tsv, .json or .jsonl"),
 ])
 def test_a_bad_file_is_refused_by_its_line(model, tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
-    with pytest.raises(InputError, match=message): tasks.from_pairs(model, tmp_path / name)
+    with pytest.raises(InputError, match=message) as refusal: tasks.from_pairs(model, tmp_path / name)
+    assert len(str(refusal.value)) < 500
 
 
 def test_files_that_cannot_be_read_are_refused(model, tmp_path):
     with pytest.raises(InputError, match="no file"): tasks.load(model, tmp_path / "none.csv")
     with pytest.raises(InputError, match="no file"): tasks.load(model, str(tmp_path / "none.jsonl"))
     (tmp_path / "a.csv").write_bytes(b"clean,corrupt,answer\n\xff\xfe,b,c\n")
-    with pytest.raises(InputError, match="not UTF-8"): tasks.load(model, tmp_path / "a.csv")
+    with pytest.raises(InputError, match="a.csv, line 2: not UTF-8"): tasks.load(model, tmp_path / "a.csv")
+    (tmp_path / "folder.csv").mkdir()
+    for path, message in (("folder.csv", "Is a directory"), ("a" * 300 + ".csv", "name too long"), ("", "expected a file that ends in")):
+        with pytest.raises(InputError, match=message): tasks.from_pairs(model, tmp_path / path)
 
 
 def test_unknown_names_are_refused_with_the_known_ones(model):
@@ -317,6 +363,9 @@ def test_unknown_names_are_refused_with_the_known_ones(model):
     with pytest.raises(InputError, match="takes no option 'n'; expected corruption, seed, name"): tasks.load(model, "a.csv", n=3)
     for n in ((1, 1), (0, 1, 1), (1, 1, 1.5), 300):
         with pytest.raises(InputError, match="expected three sizes of at least 1"): tasks.ioi(model, n=n)
+    for seed in (None, "3", 1.5, -1, True):
+        with pytest.raises(InputError, match="seed=.*: expected a whole number"): tasks.ioi(model, n=SMALL, seed=seed)
+        with pytest.raises(InputError, match="seed=.*: expected a whole number"): tasks.from_pairs(model, ROWS, seed=seed)
     with pytest.raises(InputError, match="expected a model from load_model or a tokenizer"): tasks.ioi("gpt2")
 
 
@@ -540,3 +589,212 @@ def test_the_command_line_lists_tasks_and_corruptions(capsys):
     with pytest.raises(SystemExit): main(["discover", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     for name, fitting in tasks.FITTING.items(): assert name in said and f"{name}: {' or '.join(fitting)}" in said
+
+
+# --- pairs as people have them
+
+def as_csv(separator=",", header=("clean", "corrupt", "answer", "wrong"), end="\n", quote='"', begin="", bar="|"):
+    cells = [header, *([r["clean"], r["corrupt"], bar.join(r["answer"]), bar.join(r["wrong"])] for r in ROWS)]
+    return begin + end.join(separator.join(f"{quote}{cell}{quote}" for cell in row) for row in cells) + end
+
+
+WRITTEN = {
+    "semicolons.csv": as_csv(";"), "tabs.csv": as_csv("\t", quote=""), "tabs.tsv": as_csv("\t"), "windows.csv": as_csv(end="\r\n"), "old.csv": as_csv(end="\r"),
+    "mark.csv": "\ufeff" + as_csv(), "spaced.csv": as_csv(", "), "blank.csv": "\n\n" + as_csv().replace("\n", "\n\n") + ",,,\n",
+    "filled.csv": as_csv(quote="").replace("\n", ",,\n"), "named.csv": as_csv(header=(" Clean", "CORRUPTED", "correct", "incorrect"), quote=""),
+    "printed.csv": as_csv().replace('" Anna| Lucy"', "\"[' Anna', ' Lucy']\""), "index.csv": as_csv(header=("", "clean", "corrupt", "answer", "wrong"), quote="").replace("\nThen", "\n7,Then"),
+    "lines.jsonl": "\r\n".join(map(json.dumps, ROWS)), "list.jsonl": json.dumps(ROWS), "list.json": json.dumps(ROWS, indent=1), "lines.json": "\n".join(map(json.dumps, ROWS)),
+    "others.jsonl": "\n".join(json.dumps(dict(clean=r["clean"], corrupted=r["corrupt"], answers=r["answer"], wrong_answers=r["wrong"])) for r in ROWS),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_file_is_read_as_people_write_it(tmp_path, name):
+    (tmp_path / name).write_bytes(WRITTEN[name].encode())
+    assert tasks.read_pairs(tmp_path / name) == tasks.read_pairs(ROWS)
+
+
+def test_a_separator_may_stand_in_a_quoted_cell(tmp_path):
+    for separator in ",;\t":
+        (tmp_path / "a.csv").write_text(f'clean{separator}corrupt{separator}answer\n"a{separator} ""b""" {separator} "c"{separator} d')
+        assert tasks.read_pairs(tmp_path / "a.csv") == (Pair(f'a{separator} "b"', "c", " d"),)
+
+
+def test_a_home_folder_may_be_written_short(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a.jsonl", ROWS)
+    assert tasks.read_pairs("~/a.jsonl") == tasks.read_pairs(ROWS)
+
+
+def test_every_kind_of_list_gives_the_same_pairs(model, tmp_path):
+    import numpy as np
+    import pandas as pd
+    listed, frame = tasks.read_pairs(ROWS), pd.DataFrame(ROWS)
+    frame.to_csv(tmp_path / "frame.csv")
+    frame.to_json(tmp_path / "frame.json", orient="records")
+    for rows in ((r for r in ROWS), tuple(ROWS), np.array(ROWS, dtype=object), listed, frame, frame.assign(answer=frame.answer.map(np.array)),
+                 pd.read_csv(tmp_path / "frame.csv").drop(columns=["answer", "wrong"]).join(frame[["answer", "wrong"]]), tmp_path / "frame.csv", tmp_path / "frame.json"):
+        assert tasks.read_pairs(rows) == listed
+    for nothing in (None, float("nan"), pd.NA, [], ""):
+        assert tasks.read_pairs([dict(r, wrong=nothing) for r in ROWS])[0].wrong == ()
+    for odd in (listed[0], ROWS[0], dict(clean=["a"]), b"a", {*listed}, 3, None, model.config, np.array(3), "folder", len):
+        with pytest.raises(InputError): tasks.read_pairs(odd)
+    with pytest.raises(InputError, match="both the field clean"): tasks.read_pairs(pd.concat([frame, frame], axis=1))
+
+
+def test_token_ids_become_the_tokens(model, tmp_path):
+    listed = [Pair(r["clean"], r["corrupt"], " Anna", " Paul") for r in ROWS]
+    anna, paul = (tasks.answer_id(text, model.tokenizer) for text in (" Anna", " Paul"))
+    lines = [f'{i},{p.clean},{p.corrupt},not used,{anna},{paul}' for i, p in enumerate(listed)]
+    (tmp_path / "eap.csv").write_text("\n".join([",clean,corrupted,corrupted_hard,correct_idx,incorrect_idx", *lines]))
+    assert tasks.read_pairs(tmp_path / "eap.csv", model) == tuple(listed)
+    assert tasks.from_pairs(model, tmp_path / "eap.csv") == tasks.from_pairs(model, listed, name="eap")
+    with pytest.raises(InputError, match=r"read_pairs\(source, model\)"): tasks.read_pairs(tmp_path / "eap.csv")
+    for wrong in (-1, 633, 1.5, True, "x", None, 10 ** 4000):
+        with pytest.raises(InputError): tasks.read_pairs([dict(clean="a", corrupt="b", correct_idx=wrong, incorrect_idx=paul)], model)
+
+
+def test_records_of_mib_are_read_or_explained():
+    record = dict(prompt="Then Mary met", choices=["Mary", "Anna"], answerKey=1, metadata=dict(subject="Mary", indirect_object="Anna"),
+                  s2_io_flip_counterfactual=dict(prompt="Then John met"), abc_counterfactual=dict(prompt="Then Tom met"))
+    assert tasks.read_pairs([record]) == (Pair("Then Mary met", "Then John met", " Anna", " Mary"),)
+    del record["s2_io_flip_counterfactual"]
+    with pytest.raises(InputError, match="counterfactuals abc_counterfactual: choose one"): tasks.read_pairs([record])
+
+
+# --- many bad pairs, and pairs that are hardly meant
+
+def test_bad_pairs_are_all_counted_and_can_be_left_out(model):
+    bad = [dict(ROWS[0], clean="Then Zoe met"), dict(ROWS[1], answer=" Annabel"), dict(ROWS[2], answer=" Annabel"), 3]
+    with pytest.raises(InputError) as refusal: tasks.from_pairs(model, [*ROWS, *bad])
+    said = str(refusal.value)
+    assert said.startswith("4 of 9 pairs cannot be used (2 with an answer that is not one token, 1 with prompts of different length, 1 with what")
+    assert "pair 5: clean and corrupt" in said and "pair 6: answer ' Annabel'" in said and "and 2 more" in said and "skip=True" in said and len(said) < 500
+    with pytest.warns(UserWarning, match="left out: 4 of 9 pairs") as seen: task = tasks.from_pairs(model, [*ROWS, *bad], skip=True)
+    assert len(seen) == 1 and task == tasks.from_pairs(model, ROWS)
+    with pytest.raises(InputError, match="4 of 4 pairs"), warnings.catch_warnings(): tasks.from_pairs(model, bad, skip=True)
+    with pytest.raises(InputError, match="2 of 2 pairs"): tasks.encode([Pair("a", "Then Mary", " Annabel")] * 2, model)
+
+
+def test_a_file_can_be_read_without_its_bad_lines(model, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join([*map(json.dumps, ROWS), "{", json.dumps(dict(ROWS[0], answer=" Annabel"))]))
+    with pytest.raises(InputError, match="2 of 7 pairs cannot be used(.|\n)*a.jsonl, line 6: no JSON object(.|\n)*a.jsonl, line 7: answer"): tasks.load(model, path)
+    with pytest.warns(UserWarning, match="left out: 2 of 7"): assert tasks.load(model, path, skip=True) == tasks.from_pairs(model, ROWS, name="a")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda rows: [dict(r, corrupt=r["clean"]) for r in rows[:2]] + rows[2:], "2 of 5 pairs: clean and corrupt prompt are the same"),
+    (lambda rows: rows + rows[:1], "1 of 6 pairs: another pair is the same in everything"),
+    (lambda rows: rows + [dict(rows[0], clean="Then John met", corrupt="Then Mary met")], "2 of 6 pairs: another pair asks the corrupt prompt for the same answer"),
+    (lambda rows: rows + [dict(rows[0], answer=" Emma")], "2 of 6 pairs: another pair gives the clean prompt other answers")])
+def test_pairs_that_are_hardly_meant_are_counted(model, change, message):
+    with pytest.warns(UserWarning, match=message) as seen: tasks.from_pairs(model, change(ROWS))
+    assert len(seen) == 1
+
+
+def test_equal_prompts_alone_are_refused(model):
+    with pytest.raises(InputError, match="the same in all 5 pairs"): tasks.from_pairs(model, [dict(r, corrupt=r["clean"]) for r in ROWS])
+
+
+def test_a_start_token_that_stands_twice_warns(tokenizer):
+    from tokenizers import processors
+    first = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), bos_token="<end>", unk_token="<unknown>")
+    first.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])
+    rows = [dict(r, clean="<end>" + r["clean"], corrupt="<end>" + r["corrupt"]) for r in ROWS]
+    with pytest.warns(UserWarning, match="5 of 5 pairs: the start token stands twice"): tasks.from_pairs(first, rows)
+
+
+# --- tokens and the model's own
+
+def test_a_token_counts_once_as_an_answer(model):
+    batch = tasks.encode([Pair("Then Mary met", "Then John met", (" Anna", " Anna", " Lucy"), (" Paul",) * 3)], model)
+    assert batch.answer.shape == (1, 2) and batch.wrong.shape == (1, 1)
+
+
+def test_a_character_of_several_tokens_is_one_piece():
+    from tokenizers import decoders
+    core = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    letters = PreTrainedTokenizerFast(tokenizer_object=core)
+    assert tasks.pieces(letters, "\u7389 \u00fc\U0001f600a") == ("\u7389", " ", "\u00fc", "\U0001f600", "a")
+    with pytest.raises(InputError, match="' \u7389\u7389' is 7 .*, ' \u00e4\u00e4' is 5"): tasks.encode([Pair("a \u7389\u7389", "a \u00e4\u00e4", "b")], letters)
+    with pytest.raises(InputError) as refusal: tasks.encode([Pair("\u7389\u7389", "\u7389\u00e4", "\u7389")], letters)
+    assert "\u7389" in str(refusal.value) and "\u00e4" in str(refusal.value) and "\u0120" not in str(refusal.value) and "\ufffd" not in str(refusal.value)
+
+
+def test_padding_is_a_token_that_the_model_has(tokenizer):
+    own, added = load_model(), PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), unk_token="<unknown>")
+    added.add_special_tokens({"pad_token": "[PAD]", "additional_special_tokens": ["[NEW]"]})
+    own.tokenizer = added
+    pairs = [Pair("Then Mary met", "Then John met", " Anna"), Pair("When Mary and John met", "When Anna and John met", " Anna")]
+    batch = tasks.encode(pairs, own)
+    assert batch.clean.max() < own.config.vocab_size and (batch.attention_mask[0] == 0).sum() == 2
+    with torch.no_grad(): alone, together = (answer_logits(own, b.clean, b.attention_mask)[0] for b in (tasks.encode(pairs[:1], own), batch))
+    assert torch.allclose(alone, together, atol=1e-4)
+    for bad in (Pair("Then[NEW] met", "Then John met", " Anna"), Pair("Then Mary met", "Then John met", "[NEW]")):
+        with pytest.raises(InputError, match="token 634 in .* is not among the 633 that this model has"): tasks.encode([bad], own)
+
+
+def test_words_are_sorted_by_whether_they_are_one_token(model):
+    assert tasks.one_token(model, ["Mary", " John", "Annabel", "Zoe", "Mary"]) == (" Mary", " John")
+    for bad in ("Mary", [3], None, ["\ud800"]):
+        with pytest.raises(InputError): tasks.one_token(model, bad)
+
+
+# --- anything at all
+
+ODD = st.one_of(st.none(), st.booleans(), st.integers(-3, 3), st.integers(10 ** 20, 10 ** 400), st.floats(), st.text(max_size=6), st.binary(max_size=3), st.just("\ud800"), st.just(len),
+                st.just("x" * 10 ** 5), st.builds(object), st.lists(st.one_of(st.integers(-2, 2), st.text(max_size=3), st.none()), max_size=3), st.just(torch.zeros(2)),
+                st.tuples(st.integers(), st.text(max_size=2)), st.dictionaries(st.sampled_from(["clean", "corrupt", "answer", "first", "name", "x"]), st.text(max_size=3), max_size=3))
+SLOTS = dict(first="Mary", second="John", giver="John", name="Mary", century="17", tens="1", units="2", subject="cat", counterpart="cats", asked="a", other="b", right="a", listed0="a", listed1="b")
+
+
+def calls(model):
+    "Good arguments for every public function and dataclass"
+    pair, task, rng = Pair("Then Mary met", "Then John met", " Anna"), tasks.ioi(model, n=(1, 1, 1)), random.Random(0)
+    parts = {split: getattr(task, split) for split in tasks.SPLITS}
+    return [
+        (Pair, dict(clean="a", corrupt="b", answer="c", wrong="d")), (Task, dict(name="a", corruption="b", seed=0, tokenizer=model.tokenizer, **parts)), (task.batch, dict(split="test")),
+        (tasks.read_prompt, dict(text="Then", tokenizer=model.tokenizer)), (tasks.answer_id, dict(text=" Mary", tokenizer=model.tokenizer)),
+        (tasks.pieces, dict(model=model, text="Then")), (tasks.one_token, dict(model=model, words=["Mary"], before=" ")), (tasks.encode, dict(pairs=[pair], model=model)),
+        (tasks.cut_before, dict(text="Then Mary met", answer=" met", model=model, which=-1)), (tasks.chat, dict(question="a", model=talking(), reply="b", system="c")),
+        (tasks.read_pairs, dict(source=ROWS, model=model, skip=False)), (tasks.from_pairs, dict(model=model, pairs=ROWS, name="a", corruption="b", seed=0, skip=False)),
+        (tasks.load, dict(model=model, name="ioi", n=(1, 1, 1), seed=0, corruption="swap_subject")), (tasks.word_pool, dict(model=model.tokenizer)),
+        *((make, dict(model=model, corruption=tasks.FITTING[name][0], n=(1, 1, 1), seed=0)) for name, make in tasks.BUILT_IN.items()),
+        *((change, dict(slots=SLOTS, pool=dict(tasks.word_pool(model)), rng=rng)) for change in CORRUPTIONS.values()),
+        (corruption_named, dict(name="year_01", allowed=["year_01"])), (random_tokens, dict(prompt="Then Mary met", model=model, rng=rng, positions=[1], tries=3))]
+
+
+@pytest.fixture(scope="module")
+def functions(model): return calls(model)
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_any_argument_gives_a_result_or_a_refusal(functions, data):
+    function, arguments = functions[data.draw(st.integers(0, len(functions) - 1))]
+    changed = {name: data.draw(ODD) for name in data.draw(st.lists(st.sampled_from([*arguments]), min_size=1, max_size=2, unique=True))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try: function(**dict(arguments, **changed))
+        except InputError as refusal: assert len(str(refusal)) < 700
+
+
+@given(st.lists(st.one_of(ODD, st.fixed_dictionaries(dict(clean=st.one_of(ODD, st.just("Then Mary met")), corrupt=ODD, answer=ODD), optional=dict(wrong=ODD)))), st.booleans())
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_row_gives_a_result_or_a_refusal(model, rows, skip):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try: tasks.from_pairs(model, [*ROWS, *rows], skip=skip)
+        except InputError as refusal: assert rows and len(str(refusal)) < 700
+
+
+@given(st.sampled_from([".csv", ".tsv", ".json", ".jsonl"]), st.one_of(st.binary(max_size=80), st.text(st.sampled_from('clean,corupt;answer\n\r\t "\'|[]{}:\\0'), max_size=80).map(
+    lambda text: b"clean,corrupt,answer\n" + text.encode())))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_file_gives_a_result_or_a_refusal(tmp_path, ending, content):
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(content)
+    try: tasks.read_pairs(path)
+    except InputError as refusal: assert "a" + ending in str(refusal) and len(str(refusal)) < 700
