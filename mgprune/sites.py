@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LLAMA', 'GPT2', 'BLOOM', 'MIXTRAL', 'FAMILIES', 'Family', 'Sites', 'fan_in', 'fan_out', 'experts_shape', 'said',
-           'n_groups', 'ends', 'attention_and_rest', 'experts_in', 'mixture_by_shape', 'why_not', 'family_by_shape',
-           'text_config', 'family_of', 'module_at', 'find_sites']
+           'is_size', 'n_groups', 'ends', 'attention_and_rest', 'experts_in', 'mixture_by_shape', 'why_not',
+           'family_by_shape', 'text_config', 'family_of', 'module_at', 'find_sites']
 
 # %% ../nbs/02_sites.ipynb #d2babc53
 import re
@@ -110,22 +110,30 @@ def said(
     try: return getattr(config, name, None)
     except RuntimeError: return None  # transformers asks for the layer
 
+def is_size(
+    value,  # of a setting
+):
+    "Whether it is one positive number, rather than missing or a list with one for each layer"
+    return isinstance(value, int) and value > 0
+
 def n_groups(
     config,  # of the model
 ):
     "Key/value heads per layer"
     if said(config, "multi_query") and not said(config, "new_decoder_architecture"): return 1
-    return said(config, "num_key_value_heads") or said(config, "num_kv_heads") or config.num_attention_heads
+    given = (said(config, name) for name in ("num_key_value_heads", "num_kv_heads", "num_attention_heads"))
+    return next(filter(is_size, given))
 
 # %% ../nbs/02_sites.ipynb #08df9f4b
 def ends(
     layer,  # a transformer layer
     width,  # of the residual stream
 ):
-    "In each module that holds projections, the name of the last one that writes as much as the residual stream takes"
+    "In each module that holds projections, the name of the last one, no gate, that writes as much as the residual stream takes"
     last = {}
     for name, module in layer.named_modules():
-        if fan_in(module) and fan_out(module) == width: last[name.rpartition(".")[0]] = name
+        inside, _, own = name.rpartition(".")
+        if fan_in(module) and fan_out(module) == width and "gate" not in own: last[inside] = name
     return [*last.values()]
 
 def attention_and_rest(
@@ -189,9 +197,10 @@ def family_by_shape(
 ):
     "The names of the modules by their shapes, which have to be alike in all layers"
     n, width, heads = (said(config, name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
-    if not all(isinstance(x, int) and x > 0 for x in (n, width, heads)): raise InputError(
+    if not (is_size(n) and is_size(width) and is_size(heads)): raise InputError(
         "its configuration does not say num_hidden_layers, hidden_size and num_attention_heads")
-    all_heads, reasons = heads * (said(config, "head_dim") or width // heads), []
+    head_width, reasons = said(config, "head_dim"), []
+    all_heads = heads * (head_width if is_size(head_width) else width // heads)
     for name, layers in model.named_modules():
         if not isinstance(layers, torch.nn.ModuleList) or len(layers) != n or not ends(layers[0], width): continue
         found = mixture_by_shape(layers, width, all_heads)
@@ -242,14 +251,15 @@ def find_sites(
 ):
     "Find the sites of `model`, by its `config.model_type` or by shape"
     family, config = family_of(model), text_config(model)
-    layers = [f"{family.layers}.{i}" for i in range(len(module_at(model, family.layers)))]
+    layers = [f"{family.layers}.{name}" for name, _ in module_at(model, family.layers).named_children()]
     attention = tuple(f"{l}.{family.attention}" for l in layers)
     experts = tuple(f"{l}.{family.experts}" if family.experts and module_at(model, f"{l}.{family.experts}", False) else None for l in layers)
     names = [family.shared if e else family.mlp for e in experts]
     mlp = tuple(f"{l}.{e}" if e else None for l, e in zip(layers, names))
     heads, width = said(config, "num_attention_heads"), said(config, "hidden_size")
-    if not heads or not width: raise InputError(
-        f"the configuration of {type(model).__name__} does not say num_attention_heads and hidden_size, which the sites are cut by")
+    if not (layers and is_size(heads) and is_size(width)): raise InputError(
+        f"{type(model).__name__} has no layers at {family.layers}, or its configuration does not say num_attention_heads and hidden_size in one number "
+        "each: this model cannot be masked")
     inputs = {fan_in(module_at(model, n)) for n in attention}
     if len(inputs) != 1 or not (n := inputs.pop()) or n % heads: raise InputError(
         f"the layers of {type(model).__name__} differ in their heads, or do not divide into {heads} heads: this model cannot be masked")
