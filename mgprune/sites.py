@@ -202,7 +202,8 @@ def family_by_shape(
     head_width, reasons = said(config, "head_dim"), []
     all_heads = heads * (head_width if is_size(head_width) else width // heads)
     for name, layers in model.named_modules():
-        if not isinstance(layers, torch.nn.ModuleList) or len(layers) != n or not ends(layers[0], width): continue
+        if not isinstance(layers, torch.nn.ModuleList) or len(layers) != n or re.search("vision|visual|audio|image", name): continue
+        if not ends(layers[0], width): continue
         found = mixture_by_shape(layers, width, all_heads)
         if found: return Family(name, **found)
         reasons.append(why_not(layers, width, all_heads))
@@ -241,9 +242,11 @@ def module_at(
     "The module of that name; None if it need not be there and is not"
     try: return model.get_submodule(name)
     except AttributeError as e:
-        if needed: raise InputError(
-            f"{type(model).__name__} lacks {name}, which its family names ({e}): its layers are of several kinds, or "
-            f"mgprune.sites.FAMILIES[{said(model.config, 'model_type')!r}] has to be corrected") from e
+        if not needed: return None
+        inside = "give model.get_base_model(), which holds its adapters too" if hasattr(model, "get_base_model") else (
+            "it is not a whole causal language model, or its layers are of several kinds, or "
+            f"mgprune.sites.FAMILIES[{said(model.config, 'model_type')!r}] has to be corrected")
+        raise InputError(f"{type(model).__name__} lacks {name}, which its family names ({e}): {inside}") from e
 
 # %% ../nbs/02_sites.ipynb #71808eca
 def find_sites(

@@ -596,11 +596,14 @@ def refusal(
     "What to say of a model that fails"
     sites, kind = find_sites(model), model.config.model_type
     measured = "; ".join(f"{name} is off by {off:.2g} (allowed: {allowed:.2g}), {MEANING[name]}" for name, (off, allowed) in wrong.items())
-    where = f"{sites.attention[0]} and {sites.mlp[0] or sites.experts[0]}"
-    if [*wrong] == ["padded"]: return f"{type(model).__name__} answers wrongly in batches: {measured}. Give a model that takes both, without what is around it"
-    where_from, todo = ("named in", "correct") if kind in FAMILIES else ("found by shape, not in", "add")
-    return (f"{type(model).__name__} cannot be masked at {where}, {where_from} mgprune.sites.FAMILIES: {measured}. If other modules end its attention and its MLP, "
-            f"{todo} FAMILIES[{kind!r}] = Family(layers, attention, mlp); a model whose layers hold more than these two cannot be masked")
+    if [*wrong] == ["padded"]: return (
+        f"{type(model).__name__} cannot be used in batches: {measured}. If it stands around another model, give the one inside, "
+        "such as model.get_base_model()")
+    origin, todo = ("named in", "correct") if kind in FAMILIES else ("found by shape, not in", "add")
+    return (
+        f"{type(model).__name__} cannot be masked at {sites.attention[0]} and {sites.mlp[0] or sites.experts[0]}, {origin} "
+        f"mgprune.sites.FAMILIES: {measured}. If other modules end its attention and its MLP, {todo} FAMILIES[{kind!r}] = "
+        "Family(layers, attention, mlp); a model whose layers hold more than these two cannot be masked")
 
 def failure(
     model,  # a Hugging Face causal language model
@@ -608,9 +611,9 @@ def failure(
 ):
     "What to say of a model that cannot be run"
     sites, said = find_sites(model), next(filter(None, map(str.strip, str(error).splitlines())), "")
-    hint = f" and to call its experts, {sites.experts[-1]}, with what they read, whom they are and how they are weighted" if any(sites.experts) else ""
+    experts = f", and to call its experts, {sites.experts[-1]}, with what they read, their numbers and their weights" if any(sites.experts) else ""
     return (f"{type(model).__name__} fails on two short prompts, tried before its first use: {type(error).__name__}: {said}. It has to answer "
-            f"model(input_ids=..., attention_mask=...) with .logits{hint}; without that it cannot be masked")
+            f"model(input_ids=..., attention_mask=...) with .logits{experts}; otherwise it cannot be masked")
 
 # %% ../nbs/04_streams.ipynb #ab64aece
 VERIFIED = WeakKeyDictionary()  # model -> the state in which it was last found in order
@@ -620,7 +623,7 @@ def verify(
 ):
     "Measure, the first time that a model is used, that its masks do what they should; a model that fails is refused"
     state = [getattr(model, name, None) for name in ("dtype", "device")] + [getattr(getattr(model, "config", None), "_attn_implementation", None)]
-    if VERIFIED.get(model) == state: return
+    if isinstance(model, torch.nn.Module) and VERIFIED.get(model) == state: return
     check_place(model)
     try:
         wrong = {name: pair for name, pair in differences(model).items() if not pair[0] <= pair[1]}
