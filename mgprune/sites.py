@@ -8,7 +8,7 @@ __all__ = ['LLAMA', 'GPT2', 'BLOOM', 'MIXTRAL', 'FAMILIES', 'Family', 'Sites', '
            'family_by_shape', 'text_config', 'family_of', 'module_at', 'find_sites']
 
 # %% ../nbs/02_sites.ipynb #d2babc53
-import re
+import inspect, re
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -100,6 +100,10 @@ def experts_shape(
     if not torch.is_tensor(down) or down.dim() != 3 or not down.is_floating_point(): raise InputError(
         f"{type(experts).__name__} does not keep its experts in one three-dimensional weight `down_proj`, or keeps it packed: "
         "load the model without quantisation of the experts")
+    takes = [p for p in inspect.signature(experts.forward).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if len(takes) < 3: raise InputError(
+        f"the experts of a layer, {type(experts).__name__}, are not told where each token is sent and with what weight, so that what passes "
+        "through one of them cannot be known from outside: this model cannot be masked")
     return len(down), down[0].numel() // width + hasattr(experts, "down_proj_bias")
 
 def said(
