@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LLAMA', 'GPT2', 'BLOOM', 'MIXTRAL', 'FAMILIES', 'PARALLEL', 'Family', 'Sites', 'fan_in', 'fan_out', 'experts_shape',
-           'said', 'n_groups', 'ends', 'attention_and_rest', 'experts_in', 'mixture_by_shape', 'why_not',
+           'said', 'is_size', 'n_groups', 'ends', 'attention_and_rest', 'experts_in', 'mixture_by_shape', 'why_not',
            'family_by_shape', 'text_config', 'family_of', 'module_at', 'find_sites']
 
 # %% ../nbs/02_sites.ipynb #d2babc53
-import re
+import inspect, re
 from dataclasses import dataclass, field
 from itertools import takewhile
 
@@ -102,6 +102,10 @@ def experts_shape(
     if not torch.is_tensor(down) or down.dim() != 3 or not down.is_floating_point(): raise InputError(
         f"{type(experts).__name__} does not keep its experts in one three-dimensional weight `down_proj`, or keeps it packed: "
         "load the model without quantisation of the experts")
+    takes = [p for p in inspect.signature(experts.forward).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if len(takes) < 3: raise InputError(
+        f"the experts of a layer, {type(experts).__name__}, are not told where each token is sent and with what weight, so that what passes "
+        "through one of them cannot be known from outside: this model cannot be masked")
     return len(down), down[0].numel() // width + hasattr(experts, "down_proj_bias")
 
 def said(
@@ -112,22 +116,30 @@ def said(
     try: return getattr(config, name, None)
     except RuntimeError: return None  # transformers asks for the layer
 
+def is_size(
+    value,  # of a setting
+):
+    "Whether it is one positive number, rather than missing or a list with one for each layer"
+    return isinstance(value, int) and value > 0
+
 def n_groups(
     config,  # of the model
 ):
     "Key/value heads per layer"
     if said(config, "multi_query") and not said(config, "new_decoder_architecture"): return 1
-    return said(config, "num_key_value_heads") or said(config, "num_kv_heads") or config.num_attention_heads
+    given = (said(config, name) for name in ("num_key_value_heads", "num_kv_heads", "num_attention_heads"))
+    return next(filter(is_size, given))
 
 # %% ../nbs/02_sites.ipynb #08df9f4b
 def ends(
     layer,  # a transformer layer
     width,  # of the residual stream
 ):
-    "In each module that holds projections, the name of the last one that writes as much as the residual stream takes"
+    "In each module that holds projections, the name of the last one, no gate, that writes as much as the residual stream takes"
     last = {}
     for name, module in layer.named_modules():
-        if fan_in(module) and fan_out(module) == width: last[name.rpartition(".")[0]] = name
+        inside, _, own = name.rpartition(".")
+        if fan_in(module) and fan_out(module) == width and "gate" not in own: last[inside] = name
     return [*last.values()]
 
 def attention_and_rest(
@@ -191,11 +203,13 @@ def family_by_shape(
 ):
     "The names of the modules by their shapes, which have to be alike in all layers"
     n, width, heads = (said(config, name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
-    if not all(isinstance(x, int) and x > 0 for x in (n, width, heads)): raise InputError(
+    if not (is_size(n) and is_size(width) and is_size(heads)): raise InputError(
         "its configuration does not say num_hidden_layers, hidden_size and num_attention_heads")
-    all_heads, reasons = heads * (said(config, "head_dim") or width // heads), []
+    head_width, reasons = said(config, "head_dim"), []
+    all_heads = heads * (head_width if is_size(head_width) else width // heads)
     for name, layers in model.named_modules():
-        if not isinstance(layers, torch.nn.ModuleList) or len(layers) != n or not ends(layers[0], width): continue
+        if not isinstance(layers, torch.nn.ModuleList) or len(layers) != n or re.search("vision|visual|audio|image", name): continue
+        if not ends(layers[0], width): continue
         found = mixture_by_shape(layers, width, all_heads)
         if found: return Family(name, **found)
         reasons.append(why_not(layers, width, all_heads))
@@ -234,9 +248,11 @@ def module_at(
     "The module of that name; None if it need not be there and is not"
     try: return model.get_submodule(name)
     except AttributeError as e:
-        if needed: raise InputError(
-            f"{type(model).__name__} lacks {name}, which its family names ({e}): its layers are of several kinds, or "
-            f"mgprune.sites.FAMILIES[{said(model.config, 'model_type')!r}] has to be corrected") from e
+        if not needed: return None
+        inside = "give model.get_base_model(), which holds its adapters too" if hasattr(model, "get_base_model") else (
+            "it is not a whole causal language model, or its layers are of several kinds, or "
+            f"mgprune.sites.FAMILIES[{said(model.config, 'model_type')!r}] has to be corrected")
+        raise InputError(f"{type(model).__name__} lacks {name}, which its family names ({e}): {inside}") from e
 
 # %% ../nbs/02_sites.ipynb #71808eca
 PARALLEL = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")  # how configurations say it
@@ -246,14 +262,15 @@ def find_sites(
 ):
     "Find the sites of `model`, by its `config.model_type` or by shape"
     family, config = family_of(model), text_config(model)
-    layers = [f"{family.layers}.{i}" for i in range(len(module_at(model, family.layers)))]
+    layers = [f"{family.layers}.{name}" for name, _ in module_at(model, family.layers).named_children()]
     attention = tuple(f"{l}.{family.attention}" for l in layers)
     experts = tuple(f"{l}.{family.experts}" if family.experts and module_at(model, f"{l}.{family.experts}", False) else None for l in layers)
     names = [family.shared if e else family.mlp for e in experts]
     mlp = tuple(f"{l}.{e}" if e else None for l, e in zip(layers, names))
     heads, width = said(config, "num_attention_heads"), said(config, "hidden_size")
-    if not heads or not width: raise InputError(
-        f"the configuration of {type(model).__name__} does not say num_attention_heads and hidden_size, which the sites are cut by")
+    if not (layers and is_size(heads) and is_size(width)): raise InputError(
+        f"{type(model).__name__} has no layers at {family.layers}, or its configuration does not say num_attention_heads and hidden_size in one number "
+        "each: this model cannot be masked")
     inputs = {fan_in(module_at(model, n)) for n in attention}
     if len(inputs) != 1 or not (n := inputs.pop()) or n % heads: raise InputError(
         f"the layers of {type(model).__name__} differ in their heads, or do not divide into {heads} heads: this model cannot be masked")

@@ -4,6 +4,8 @@ Whether the masks of an accepted model are exact is measured here by plain PyTor
 the library's own check at first use.
 """
 import inspect
+import logging
+import re
 import signal
 import sys
 import warnings
@@ -21,7 +23,7 @@ from mgprune.models import InputError
 from mgprune.sites import find_sites
 from mgprune.streams import answer_logits, circuit_logits, hooks, interpolated, record, verify
 
-MOST_PARAMETERS, SECONDS, N_LAYERS = 3_000_000, 30, 4
+MOST_PARAMETERS, SECONDS, N_LAYERS = 20_000_000, 30, 4
 
 
 def all_called(value, names):
@@ -59,7 +61,10 @@ class TooLong(Exception):
 
 @contextmanager
 def time_limit(seconds):
-    "Raise TooLong in the main thread when the time is over"
+    "Raise TooLong when the time is over, where the system can interrupt"
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
     def stop(signal_number, frame): raise TooLong(f"takes over {seconds} s")
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
@@ -198,7 +203,7 @@ def verdict(kind):
     if model is None: return dict(type=kind, verdict="not built", why=why)
     try:
         with time_limit(2 * SECONDS): verify(model)
-    except InputError as e: return dict(type=kind, verdict="refused", why=first_words(e, 400))
+    except InputError as e: return dict(type=kind, verdict="refused", why=first_words(e, 1000))
     except Exception as e: return dict(type=kind, verdict="crashed", why=f"{type(e).__name__}: {first_words(e)}")
     found = measured(model)
     worst = max(found, key=found.get)
@@ -208,12 +213,23 @@ def verdict(kind):
 
 def survey(kinds=tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)):
     "The verdicts on models of these types"
-    transformers.utils.logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for kind in kinds: yield verdict(kind)
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for kind in kinds: yield verdict(kind)
+    finally: transformers.utils.logging.set_verbosity(before)
+
+
+def in_short(row):
+    "Why, without what every refusal says"
+    off = re.findall(r"(\w+) is off by", row["why"])
+    if off and row["verdict"] == "refused": return "measured: " + ", ".join(off)
+    found = re.search(r"do not show them: (.+?)\. If |tried before its first use: (.+?)\. It has|^(.+?): this model cannot", row["why"])
+    return next(filter(None, found.groups())) if found else row["why"]
 
 
 if __name__ == "__main__":
     for row in survey(sys.argv[1:] or tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)):
-        print(f"{row['type']:<24} {row['verdict']:<10} {row['why']}", f"{row['off']:.1e}" if "off" in row else "", flush=True)
+        print(f"{row['type']:<24} {row['verdict']:<10} {in_short(row)}", f"{row['off']:.1e}" if "off" in row else "", flush=True)
