@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['AXES', 'WRITERS', 'MEANS', 'BIASES', 'GPT2_CUTS', 'LLAMA_CUTS', 'CUTS', 'level_table', 'table', 'dot_box', 'dot',
-           'svg', 'mib', 'side_by_side', 'mib_edges', 'as_numbers', 'check_alike', 'title_and_facts', 'view', 'write',
-           'constants', 'rebuilt', 'check_plain', 'whole_state', 'fold', 'fold_outputs', 'filled', 'silenced',
-           'layers_to_keep', 'in_parts', 'head_slots', 'take', 'placements', 'smaller_settings', 'shrunk',
+           'svg', 'side_by_side', 'mib_edges', 'mib', 'as_numbers', 'check_alike', 'title_and_facts', 'view', 'write',
+           'input_device', 'constants', 'rebuilt', 'check_plain', 'whole_state', 'fold', 'fold_outputs', 'filled',
+           'silenced', 'layers_to_keep', 'in_parts', 'head_slots', 'take', 'placements', 'smaller_settings', 'shrunk',
            'some_prompts', 'check_same', 'parameters', 'sizes', 'silent', 'export', 'card', 'to_folder', 'push_to_hub',
            'from_hub']
 
@@ -29,7 +29,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .arguments import InputError, Must, as_path, checked
 from .circuit import Circuit, check_model, load, lowest
-from .evaluation import on_device
 from .files import check_folder, in_code, in_markdown, printable, write_file, write_folder
 from .models import EMBEDDED, frozen, weight_of
 from .plots import SPOKEN, head_shares, mlp_shares, noted, outgoing, plot_circuit, shade
@@ -109,27 +108,7 @@ def svg(
 
 Circuit.svg = svg
 
-# %% ../nbs/16_export.ipynb #3f38bf70
-@checked
-def mib(
-    circuit: Circuit,     # any
-    edges: bool = False,  # list the edges too
-) -> dict:
-    "The circuit in the node format of the Mechanistic Interpretability Benchmark: plain values for a JSON file"
-    s, ranked = circuit.sites, lowest(circuit.scores, circuit.sites)
-    best = {"head": ranked.get("attention_neuron"), "mlp": ranked.get("mlp_neuron")}
-    best = {level: scores.amax(-1) for level, scores in best.items() if scores is not None}
-    bottom = min((scores.min().item() for scores in best.values()), default=0)
-    nodes = {"input": dict(in_graph=True)}
-    for layer in range(s.n_layers):
-        places = [(f"a{layer}.h{h}", "head", (layer, h)) for h in range(s.n_heads)] + [(f"m{layer}", "mlp", (layer,))]
-        for name, level, place in places:
-            nodes[name] = dict(in_graph=bool(circuit.kept[level][place]))
-            if level in best: nodes[name]["score"] = best[level][place].item() - bottom
-    nodes["logits"] = dict(in_graph=True)
-    cfg = dict(n_layers=s.n_layers, n_heads=s.n_heads, d_model=s.width, parallel_attn_mlp=side_by_side(s))
-    return dict(cfg=cfg, nodes=nodes, edges=mib_edges(nodes, s) if edges else {})
-
+# %% ../nbs/16_export.ipynb #5f1c2a96
 def side_by_side(
     sites,  # of the circuit
 ):
@@ -151,6 +130,27 @@ def mib_edges(
     found |= {f"{start}->logits": (start, "logits") for start in before}
     inside = {name: all(nodes[end]["in_graph"] for end in ends) for name, ends in found.items()}
     return {name: dict(score=float(kept), in_graph=kept) for name, kept in inside.items()}
+
+# %% ../nbs/16_export.ipynb #3f38bf70
+@checked
+def mib(
+    circuit: Circuit,     # any
+    edges: bool = False,  # list the edges too
+) -> dict:
+    "The circuit in the node format of the Mechanistic Interpretability Benchmark: plain values for a JSON file"
+    s, ranked = circuit.sites, lowest(circuit.scores, circuit.sites)
+    best = {"head": ranked.get("attention_neuron"), "mlp": ranked.get("mlp_neuron")}
+    best = {level: scores.amax(-1) for level, scores in best.items() if scores is not None}
+    bottom = min((scores.min().item() for scores in best.values()), default=0)
+    nodes = {"input": dict(in_graph=True)}
+    for layer in range(s.n_layers):
+        places = [(f"a{layer}.h{h}", "head", (layer, h)) for h in range(s.n_heads)] + [(f"m{layer}", "mlp", (layer,))]
+        for name, level, place in places:
+            nodes[name] = dict(in_graph=bool(circuit.kept[level][place]))
+            if level in best: nodes[name]["score"] = best[level][place].item() - bottom
+    nodes["logits"] = dict(in_graph=True)
+    cfg = dict(n_layers=s.n_layers, n_heads=s.n_heads, d_model=s.width, parallel_attn_mlp=side_by_side(s))
+    return dict(cfg=cfg, nodes=nodes, edges=mib_edges(nodes, s) if edges else {})
 
 Circuit.mib = mib
 
@@ -219,6 +219,12 @@ def write(
 Circuit.write = write
 
 # %% ../nbs/16_export.ipynb #0dedeef1
+def input_device(
+    model,  # a Hugging Face causal language model
+):
+    "Where its inputs go: where its weights are, or the CPU for weights that accelerate brings when they are needed"
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
 MEANS = Annotated[Any, Must(lambda v: v is None or isinstance(v, Batch) or hasattr(v, "batch"), ""), "a Task, a Batch or None"]
 
 @checked
@@ -229,10 +235,10 @@ def constants(
     "What closed nodes are held at, one value for all positions: a Recording of one example with one position"
     sites, parts = find_sites(model), []
     if means is None:
-        def zeros(width): return tuple(torch.zeros(sites.n_layers, 1, 1, width, device=model.device, dtype=model.dtype))
+        def zeros(width): return tuple(torch.zeros(sites.n_layers, 1, 1, width, device=input_device(model), dtype=model.dtype))
         return Recording(zeros(sites.n_heads * sites.head_width), zeros(sites.mlp_width), zeros(sites.width))
-    batch = (means.batch("train") if hasattr(means, "batch") else means).to(model.device)
-    for rows in torch.arange(len(batch), device=model.device).split(32):
+    batch = (means.batch("train") if hasattr(means, "batch") else means).to(input_device(model))
+    for rows in torch.arange(len(batch), device=input_device(model)).split(32):
         mask = batch[rows].attention_mask
         seen = replace(record(model, batch[rows].corrupt, mask, output=True), logits=None)
         parts.append(seen.map(lambda t: (t.float() * mask[..., None]).sum((0, 1), keepdim=True)))
@@ -268,7 +274,7 @@ def whole_state(
     "Its weights by name, also where accelerate keeps them elsewhere until they are needed"
     def value(name, tensor):
         owner, _, own = name.rpartition(".")
-        return weight_of(model.get_submodule(owner), own) if tensor.is_meta else tensor
+        return weight_of(model.get_submodule(owner), own) if torch.is_tensor(tensor) and tensor.is_meta else tensor
     return {name: value(name, tensor) for name, tensor in model.state_dict().items()}
 
 # %% ../nbs/16_export.ipynb #dcda1357
@@ -458,18 +464,17 @@ def check_same(
     means,     # Task or Batch that the constants come from, or None
 ):
     "Refuse an exported model that does not compute what the circuit in its own model does"
-    exported = exported.to(model.device)
+    exported = exported.to(input_device(model))
     for ids, mask in some_prompts(model, means):
-        ids, mask = ids.to(model.device), mask.to(model.device)
+        ids, mask = ids.to(input_device(model)), mask.to(input_device(model))
         with torch.no_grad(), frozen(model):
-            with interpolated(model, on_device(circuit.masks(), model), held): wanted = answer_logits(model, ids, mask).float()
+            with interpolated(model, circuit.masks(), held): wanted = answer_logits(model, ids, mask).float()
             given = answer_logits(exported, ids, mask).float().to(wanted.device)
         limit, off = max(1e-4, 2 * torch.finfo(model.dtype).eps ** .75) * wanted.abs().max(), (given - wanted).abs().max()
         if not off <= limit: raise InputError(
             f"the exported {type(exported).__name__} would not compute what this circuit computes: its logits are off by {off:.2g}, and rounding "
             f"explains {limit:.2g}. Either the layers do something that is not known here: Export with smaller=False. Or the model does more than "
             "its weights say, such as through hooks or an adapter: remove them")
-
 
 # %% ../nbs/16_export.ipynb #73a89e9c
 def parameters(
@@ -513,14 +518,16 @@ def export(
     held = constants(model, means)
     new = silenced(circuit, model, held)
     if smaller and model.config.model_type in CUTS: new = shrunk(circuit, new)
+    about = sizes(model, new)
     def fill(folder):
         try: new.save_pretrained(folder)
-        except (SafetensorError, ValueError) as e: raise InputError(f"transformers cannot write this model: {e}") from e
+        except (SafetensorError, ValueError) as e: raise InputError(
+            f"transformers cannot write this model: {' '.join(str(e).split())[:300]}. Set right what it names, such as model.generation_config") from e
         if getattr(model, "tokenizer", None): model.tokenizer.save_pretrained(folder)
         circuit.save(folder / "circuit.json")
         check_same(circuit, model, held, AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, use_safetensors=True).eval(), means)
     write_folder(path, fill)
-    return sizes(model, new)
+    return about
 
 Circuit.export = export
 
@@ -544,6 +551,7 @@ def card(
              f"circuit = Circuit.from_hub({in_code(str(repo))}, model)", "```", ""]
     return "\n".join(lines)
 
+# %% ../nbs/16_export.ipynb #5f1c2a93
 @checked
 def to_folder(
     circuit: Circuit,         # any

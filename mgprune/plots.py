@@ -29,7 +29,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 from .arguments import Count, InputError, as_path, checked, expect, fits, shown
 from .circuit import Circuit, check_sites, lowest
 from .files import printable, write_file
-from .models import frozen, tokenizer_of
+from .models import frozen, tokenizer_of, weight_of
 from .sites import find_sites
 
 # %% ../nbs/12_plots.ipynb #87069b7f
@@ -489,7 +489,8 @@ def outgoing(
     projection,  # a Linear, or GPT-2's Conv1D, which stores its weight transposed
 ):
     "What each input of an output projection writes, [inputs, outputs]"
-    return projection.weight.T if hasattr(projection, "in_features") else projection.weight
+    weight = weight_of(projection, "weight")
+    return weight.T if hasattr(projection, "in_features") else weight
 
 @checked
 def written_logits(
