@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mgprune.circuit import from_kept, from_scores, lowest
+from mgprune.circuit import Circuit, from_kept, from_scores, lowest
 from mgprune.masks import LEVELS, level_shapes
 from mgprune.models import load_model
 from mgprune.sites import Sites, find_sites
@@ -79,6 +79,31 @@ def test_the_slider_applies_the_rules_of_closure(opened, levels):
         assert counts(page) == {l: wanted[l] for l in circuit.kept}
     page.get_by_role("button", name="as found").click()
     assert counts(page) == circuit.counts()
+
+
+@pytest.mark.parametrize("scheme", ("light", "dark"))
+def test_measures_hold_only_where_the_slider_was_when_the_circuit_was_saved(opened, scheme):
+    page = opened(circuit_of(find_sites(load_model()), ("block", "head", "mlp", "attention_neuron", "mlp_neuron")), scheme=scheme)
+    facts, said, slider = page.locator("#facts"), page.locator("#stale"), page.get_by_label("neurons to keep")
+    own = int(slider.input_value())
+    assert facts.inner_text().startswith("KL 0.093") and said.is_hidden() and "stale" not in facts.get_attribute("class")
+    slider.press("ArrowLeft")
+    assert int(slider.input_value()) == own - 1 and said.is_visible() and "as it was saved" in said.inner_text()
+    assert "stale" in facts.get_attribute("class") and float(facts.evaluate("p => getComputedStyle(p).opacity")) <= .5
+    if SHOTS: page.screenshot(path=Path(SHOTS) / f"view_moved_{scheme}.png", full_page=True)
+    slider.press("ArrowRight")
+    assert said.is_hidden() and "stale" not in facts.get_attribute("class")
+    slide(page, 1000)
+    assert said.is_visible()
+    page.get_by_role("button", name="as found").click()
+    assert said.is_hidden() and int(slider.input_value()) == own
+
+
+def test_a_circuit_without_measures_says_nothing_of_them(opened):
+    circuit = circuit_of(find_sites(load_model()), ("head", "mlp"))
+    page = opened(Circuit(circuit.kept, circuit.sites, circuit.scores))
+    slide(page, 10)
+    assert page.locator("#stale").is_hidden()
 
 
 @pytest.mark.parametrize("width", (1280, 390))
