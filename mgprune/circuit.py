@@ -293,10 +293,6 @@ def check_replaceable(
     if start.strip() and b'"format": "mgprune circuit' not in start: raise InputError(
         f"{str(path)!r} is there already and is not a circuit: nothing was written. Choose another name")
 
-# %% ../nbs/08_circuit.ipynb #40c3f13f
-def write_together(files):
-    for path, content in files.items(): write_file(path, content)
-
 # %% ../nbs/08_circuit.ipynb #0a054711
 def readable(
     circuit,  # Circuit
