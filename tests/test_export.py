@@ -12,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCau
 
 from families import TINY, pairs, tiny
 from mgprune import export, planted, tasks
-from mgprune.circuit import Circuit, edge_counts, from_kept, from_scores
+from mgprune.circuit import Circuit, edge_counts, from_kept, from_scores, full_circuit
 from mgprune.export import constants, parameters, to_folder
 from mgprune.masks import LEVELS, level_shapes
 from mgprune.models import InputError, load_model
@@ -173,7 +173,7 @@ def test_every_level_is_exported(name, tmp_path):
 
 def test_the_whole_model_stays_what_it_is(tmp_path):
     model = random_model("llama")
-    small, about = exported(from_kept({}, find_sites(model)), model, tmp_path / "x")
+    small, about = exported(full_circuit(find_sites(model)), model, tmp_path / "x")
     assert all(old == new for name, (old, new) in about.items() if name != "silent_neurons") and about["silent_neurons"] == (0, 0)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), small.parameters()))
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedCon
 from architectures import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, verdict
 from families import TINY, VOCABULARY, holds, pairs, short_search, tiny
 from mgprune import load_model
-from mgprune.circuit import Circuit, from_kept
+from mgprune.circuit import Circuit, full_circuit
 from mgprune.masks import LEVELS, level_shapes, n_nodes, site_masks
 from mgprune.models import InputError, fingerprint
 from mgprune.sites import FAMILIES, find_sites
@@ -331,7 +331,7 @@ def test_layers_may_differ_in_width():
         setattr(model.model.layers[1].mlp, name, narrow)
     sites = holds(model)
     assert sites.dense == (40, 24) and n_nodes(sites)["mlp_neuron"] == 64
-    assert from_kept({}, sites).kept["mlp_neuron"].sum() == 64
+    assert full_circuit(sites).kept["mlp_neuron"].sum() == 64
 
 
 def test_layers_that_differ_in_heads_are_refused():

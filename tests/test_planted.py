@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from mgprune import planted, tasks
-from mgprune.circuit import from_kept
+from mgprune.circuit import from_kept, full_circuit
 from mgprune.evaluation import evaluate
 from mgprune.models import InputError, load_model
 from mgprune.planted import auroc, build, overlap, plant, score
@@ -120,7 +120,7 @@ def test_score_of_a_circuit_and_of_a_ranking(p):
     assert all(m == dict(precision=1, recall=1, f1=1, auroc=1) for m in exact.values()) and len(exact) == 3
     only_neurons = {level: truth[level].float() for level in ("attention_neuron", "mlp_neuron")}
     assert score(only_neurons, truth) == {level: dict(auroc=1) for level in truth}
-    everything = score(from_kept({}, sites), truth)["head"]
+    everything = score(full_circuit(sites), truth)["head"]
     assert everything["recall"] == 1 and everything["precision"] == 3 / 32
 
 
