@@ -27,7 +27,7 @@ from .masks import DEFAULT_LEVELS, check_levels, level_shapes, site_masks
 from .models import InputError, Model, fingerprint, frozen
 from .objective import expected_open, is_right, kl_divergence, set_logits
 from .sites import find_sites
-from .streams import masked_logits, prepare
+from .streams import check_surroundings, masked_logits, prepare
 
 # %% ../nbs/10_training.ipynb #dc31c1c1
 @dataclass(frozen=True)
@@ -263,6 +263,7 @@ def learn(
 ):
     "Learn the order of a model's nodes: scores, the examples to choose a threshold on (None where no divergence is asked for), the examples to measure on, and plain values about the search"
     began = time.perf_counter()
+    check_surroundings(model)
     levels, output = tuple(level_shapes(find_sites(model), levels)), "mlp_output" in levels  # refuses a model that cannot be searched
     check_tokenizer(model, task)
     pairs = {split: task.batch(split) for split in ("train", "valid", "test")}
