@@ -6,10 +6,11 @@
 __all__ = ['MEANING', 'VERIFIED', 'Rows', 'Batch', 'answer_logits', 'Recording', 'nbytes', 'hooks', 'instead', 'at_attention',
            'at_mlp', 'at_output', 'layer_width', 'Routed', 'written_as', 'expert_neurons', 'at_experts', 'join',
            'record', 'record_once', 'written', 'mix_experts', 'all_neurons', 'mix', 'interpolated', 'circuit_logits',
-           'short_pairs', 'step_of', 'apart', 'worst', 'padded_and_alone', 'without_parts', 'first_tensor', 'stages',
-           'changes', 'around_sites', 'at_last', 'closed_run', 'uniform_masks', 'between_layers', 'experts_sum',
-           'differences', 'check_gradient', 'check_place', 'refusal', 'failure', 'verify', 'Examples', 'free_bytes',
-           'recording_bytes', 'example_bytes', 'fitting_size', 'prepare', 'masked_logits', 'all_masked_logits']
+           'short_pairs', 'step_of', 'apart', 'worst', 'without_parts', 'first_tensor', 'stages', 'changes',
+           'around_sites', 'padded_and_alone', 'at_last', 'closed_run', 'uniform_masks', 'between_layers',
+           'experts_sum', 'differences', 'check_gradient', 'check_place', 'refusal', 'failure', 'verify', 'Examples',
+           'free_bytes', 'recording_bytes', 'example_bytes', 'fitting_size', 'prepare', 'masked_logits',
+           'all_masked_logits']
 
 # %% ../nbs/04_streams.ipynb #2be7a8f9
 import inspect
@@ -385,19 +386,6 @@ def worst(
     "The pair that exceeds what is allowed by most; a difference that is no number exceeds all"
     return max(found, key=lambda pair: float("inf") if pair[0] != pair[0] else pair[0] - pair[1])
 
-# %% ../nbs/04_streams.ipynb #9b61a927
-def padded_and_alone(
-    model,  # a Hugging Face causal language model
-    batch,  # Batch of pairs of six tokens
-):
-    "Logits of a prompt of four tokens, padded to six beside a longer one, and those of that prompt alone"
-    mask = torch.ones_like(batch.attention_mask)
-    mask[1, :2] = 0
-    together = answer_logits(model, batch.clean, mask)
-    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    alone = model(input_ids=batch.clean[1:, 2:], attention_mask=mask[1:, 2:], **options).logits[:, -1]
-    return together[1:], alone
-
 # %% ../nbs/04_streams.ipynb #9b6a6126
 def without_parts(
     model,  # a Hugging Face causal language model
@@ -473,6 +461,20 @@ def around_sites(
         if any(off <= allowed for off, allowed in (changes(place, before) for place in places)): places.append(after)
     return min((changes(place, layer[1]) for place in places), key=lambda pair: pair[0] - pair[1])
 
+# %% ../nbs/04_streams.ipynb #9b61a927
+def padded_and_alone(
+    model,  # a Hugging Face causal language model
+    sites,  # of the model, from find_sites
+    batch,  # Batch of pairs of six tokens
+):
+    "What the last layer writes at the end of a prompt of four tokens, padded to six beside a longer one, and of that prompt alone"
+    mask = torch.ones_like(batch.attention_mask)
+    mask[1, :2] = 0
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    def together(): return answer_logits(model, batch.clean, mask)
+    def alone(): return model(input_ids=batch.clean[1:, 2:], attention_mask=mask[1:, 2:], **options)
+    return tuple(stages(model, sites, run)[1][-1][-1][1].reshape(-1, n, sites.width)[-1, -1] for run, n in ((together, 6), (alone, 4)))
+
 # %% ../nbs/04_streams.ipynb #0458c338
 def at_last(
     x,    # what a layer's MLP site holds: a tensor, or Routed
@@ -534,14 +536,14 @@ def differences(
         corrupt, plain = stages(model, sites, lambda: record(model, batch.corrupt, batch.attention_mask))
         (closed, reaching), seen = stages(model, sites, lambda: closed_run(model, sites, batch, corrupt))
         again, heads, halves = without_parts(model, sites, run)
-        opened, (together, alone) = circuit_logits(model, batch, uniform_masks(model, sites, 1.), corrupt), padded_and_alone(model, batch)
+        opened, (together, alone) = circuit_logits(model, batch, uniform_masks(model, sites, 1.), corrupt), padded_and_alone(model, sites, batch)
         added = [(experts_sum(model, sites, i, r), r.output) for i, r in enumerate(corrupt.mlp) if isinstance(r, Routed)]
     step, repeat = max(step_of(full), step_of(heads[0][1])), 4 * apart(full, again)
     rounding = 2 * step ** .75
     if getattr(model.get_submodule(sites.attention[0]), "weight", full).dtype == torch.int8: step, rounding = 1 / 127, 2 / 127  # rounds what it reads
     def alike(pairs): return worst([(apart(a, b), rounding * b.abs().max().item()) for a, b in pairs])
     found = dict(
-        padded=(apart(together, alone), step ** .5 * alone.abs().max().item()),
+        padded=((together - alone).abs().mean().item(), step ** .5 * alone.abs().mean().item()),
         open=(apart(opened, full), repeat), closed=(apart(closed, corrupt.logits), repeat),
         attention=alike([(r, at_last(m, batch.clean)) for r, m in zip(reaching, corrupt.mlp)]),
         block=worst([*map(around_sites, seen, plain), *between_layers(seen, plain)]), head=alike(heads))
