@@ -6,7 +6,7 @@
 __all__ = ['MEANING', 'VERIFIED', 'Rows', 'Batch', 'answer_logits', 'Recording', 'nbytes', 'hooks', 'instead', 'at_attention',
            'at_mlp', 'at_output', 'layer_width', 'Routed', 'written_as', 'expert_neurons', 'at_experts', 'join',
            'record', 'record_once', 'written', 'mix_experts', 'all_neurons', 'mix', 'interpolated', 'circuit_logits',
-           'short_pairs', 'step_of', 'apart', 'worst', 'without_parts', 'first_tensor', 'stages', 'changes',
+           'short_pairs', 'step_of', 'apart', 'worst', 'without_parts', 'first_tensor', 'is_norm', 'stages', 'changes',
            'around_sites', 'padded_and_alone', 'at_last', 'closed_run', 'uniform_masks', 'between_layers',
            'experts_sum', 'differences', 'check_gradient', 'check_place', 'refusal', 'failure', 'verify', 'Examples',
            'free_bytes', 'recording_bytes', 'example_bytes', 'fitting_size', 'prepare', 'masked_logits',
@@ -416,6 +416,12 @@ def first_tensor(
     if found is None: raise InputError("a layer takes or returns no tensor by which the residual stream could be followed: it cannot be masked")
     return found.clone()  # some layers add to it in place
 
+def is_norm(
+    module,  # in a layer
+):
+    "Whether it is a norm alone: no other module in it, and no matrix"
+    return "norm" in type(module).__name__.lower() and not [*module.children()] and all(p.dim() < 2 for p in module.parameters())
+
 def stages(
     model,  # a Hugging Face causal language model
     sites,  # of the model, from find_sites
@@ -431,7 +437,7 @@ def stages(
             if module is layers[i]: left.add(i)
             seen[i].append((entered.pop(module), first_tensor(result)))
         return [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
-    watched = [(i, m) for i, layer in enumerate(layers) for m in layer.modules() if m is layer or "norm" in type(m).__name__.lower()]
+    watched = [(i, m) for i, layer in enumerate(layers) for m in layer.modules() if m is layer or is_norm(m)]
     with hooks(*(h for pair in watched for h in watch(*pair))): answer = run()
     return answer, seen
 
@@ -443,7 +449,7 @@ def changes(
     "How much more one run changes between the places than the other, and what rounding allows, where that is exceeded most"
     if len({t.shape for t in (*start, *end)}) > 1: return float("inf"), 0.
     step = 8 * max(torch.finfo(t.dtype).eps for t in (*start, *end))
-    start, end = ([t.to(torch.promote_types(t.dtype, torch.float32)) for t in pair] for pair in (start, end))
+    start, end = ([t.to(end[0].device, torch.promote_types(t.dtype, torch.float32)) for t in pair] for pair in (start, end))
     first, second = (e - s for s, e in zip(start, end))
     off, allowed = (first - second).abs(), step * (sum(t.abs() for t in (*start, *end)) + second.abs().amax(-1, keepdim=True))
     i = (off - allowed).argmax()
@@ -526,7 +532,7 @@ def experts_sum(
 def differences(
     model,  # a Hugging Face causal language model
 ):
-    "What masks do to a model against what they should do: name -> (largest difference, difference allowed)"
+    "What masks do to a model against what they should do: name -> (difference, difference allowed)"
     sites, batch = find_sites(model), short_pairs(model)
     def run(): return answer_logits(model, batch.clean, batch.attention_mask)
     with torch.no_grad(), frozen(model):
