@@ -108,6 +108,7 @@ def experts_shape(
         "through one of them cannot be known from outside: this model cannot be masked")
     return len(down), down[0].numel() // width + hasattr(experts, "down_proj_bias")
 
+# %% ../nbs/02_sites.ipynb #e31f82c5
 def said(
     config,  # of the model
     name,    # of a setting

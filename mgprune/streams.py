@@ -7,8 +7,8 @@ __all__ = ['MEANING', 'VERIFIED', 'Pairs', 'Rows', 'Batch', 'answer_logits', 'Re
            'placed', 'instead', 'at_attention', 'at_mlp', 'at_output', 'layer_width', 'Routed', 'written_as',
            'expert_neurons', 'at_experts', 'join', 'record', 'record_once', 'written', 'mix_experts', 'all_neurons',
            'mix', 'interpolated', 'circuit_logits', 'asked', 'with_positions', 'texts', 'Recorded', 'rows_of',
-           'at_positions', 'recorded_prompts', 'short_pairs', 'step_of', 'apart', 'worst', 'padded_and_alone',
-           'without_parts', 'first_tensor', 'stages', 'changes', 'around_sites', 'at_last', 'closed_run',
+           'at_positions', 'recorded_prompts', 'short_pairs', 'step_of', 'apart', 'worst', 'without_parts',
+           'first_tensor', 'is_norm', 'stages', 'changes', 'around_sites', 'padded_and_alone', 'at_last', 'closed_run',
            'uniform_masks', 'between_layers', 'experts_sum', 'differences', 'check_gradient', 'check_place', 'refusal',
            'failure', 'state_of', 'verify', 'Examples', 'free_bytes', 'recording_bytes', 'example_bytes',
            'fitting_size', 'check_surroundings', 'vocabulary', 'check_batch', 'prepare', 'masked_logits',
@@ -541,19 +541,6 @@ def worst(
     "The pair that exceeds what is allowed by most; a difference that is no number exceeds all"
     return max(found, key=lambda pair: float("inf") if pair[0] != pair[0] else pair[0] - pair[1])
 
-# %% ../nbs/04_streams.ipynb #9b61a927
-def padded_and_alone(
-    model,  # a Hugging Face causal language model
-    batch,  # Batch of pairs of six tokens
-):
-    "Logits of a prompt of four tokens, padded to six beside a longer one, and those of that prompt alone"
-    mask = torch.ones_like(batch.attention_mask)
-    mask[1, :2] = 0
-    together = answer_logits(model, batch.clean, mask)
-    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    alone = model(input_ids=batch.clean[1:, 2:], attention_mask=mask[1:, 2:], **options).logits[:, -1]
-    return together[1:], alone
-
 # %% ../nbs/04_streams.ipynb #9b6a6126
 def without_parts(
     model,  # a Hugging Face causal language model
@@ -584,6 +571,12 @@ def first_tensor(
     if found is None: raise InputError("a layer takes or returns no tensor by which the residual stream could be followed: it cannot be masked")
     return found.clone()  # some layers add to it in place
 
+def is_norm(
+    module,  # in a layer
+):
+    "Whether it is a norm alone: no other module in it, and no matrix"
+    return "norm" in type(module).__name__.lower() and not [*module.children()] and all(p.dim() < 2 for p in module.parameters())
+
 def stages(
     model,  # a Hugging Face causal language model
     sites,  # of the model, from find_sites
@@ -599,7 +592,7 @@ def stages(
             if module is layers[i]: left.add(i)
             seen[i].append((entered.pop(module), first_tensor(result)))
         return [Hook(module, before, options=dict(with_kwargs=True)), Hook(module, after, after=True)]
-    watched = [(i, m) for i, layer in enumerate(layers) for m in layer.modules() if m is layer or "norm" in type(m).__name__.lower()]
+    watched = [(i, m) for i, layer in enumerate(layers) for m in layer.modules() if m is layer or is_norm(m)]
     with placed([hook for pair in watched for hook in watch(*pair)]): answer = run()
     return answer, seen
 
@@ -611,7 +604,7 @@ def changes(
     "How much more one run changes between the places than the other, and what rounding allows, where that is exceeded most"
     if len({t.shape for t in (*start, *end)}) > 1: return float("inf"), 0.
     step = 8 * max(torch.finfo(t.dtype).eps for t in (*start, *end))
-    start, end = ([t.to(torch.promote_types(t.dtype, torch.float32)) for t in pair] for pair in (start, end))
+    start, end = ([t.to(end[0].device, torch.promote_types(t.dtype, torch.float32)) for t in pair] for pair in (start, end))
     first, second = (e - s for s, e in zip(start, end))
     off, allowed = (first - second).abs(), step * (sum(t.abs() for t in (*start, *end)) + second.abs().amax(-1, keepdim=True))
     i = (off - allowed).argmax()
@@ -628,6 +621,20 @@ def around_sites(
     for before, after in norms:
         if any(off <= allowed for off, allowed in (changes(place, before) for place in places)): places.append(after)
     return min((changes(place, layer[1]) for place in places), key=lambda pair: pair[0] - pair[1])
+
+# %% ../nbs/04_streams.ipynb #9b61a927
+def padded_and_alone(
+    model,  # a Hugging Face causal language model
+    sites,  # of the model, from find_sites
+    batch,  # Batch of pairs of six tokens
+):
+    "What the last layer writes at the end of a prompt of four tokens, padded to six beside a longer one, and of that prompt alone"
+    mask = torch.ones_like(batch.attention_mask)
+    mask[1, :2] = 0
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    def together(): return answer_logits(model, batch.clean, mask)
+    def alone(): return model(input_ids=batch.clean[1:, 2:], attention_mask=mask[1:, 2:], **options)
+    return tuple(stages(model, sites, run)[1][-1][-1][1].reshape(-1, n, sites.width)[-1, -1] for run, n in ((together, 6), (alone, 4)))
 
 # %% ../nbs/04_streams.ipynb #0458c338
 def at_last(
@@ -680,7 +687,7 @@ def experts_sum(
 def differences(
     model,  # a Hugging Face causal language model
 ):
-    "What masks do to a model against what they should do: name -> (largest difference, difference allowed)"
+    "What masks do to a model against what they should do: name -> (difference, difference allowed)"
     sites, batch = find_sites(model), short_pairs(model)
     def run(): return answer_logits(model, batch.clean, batch.attention_mask)
     with torch.no_grad(), frozen(model):
@@ -690,14 +697,14 @@ def differences(
         corrupt, plain = stages(model, sites, lambda: record(model, batch.corrupt, batch.attention_mask))
         (closed, reaching), seen = stages(model, sites, lambda: closed_run(model, sites, batch, corrupt))
         again, heads, halves = without_parts(model, sites, run)
-        opened, (together, alone) = circuit_logits(model, batch, uniform_masks(model, sites, 1.), corrupt), padded_and_alone(model, batch)
+        opened, (together, alone) = circuit_logits(model, batch, uniform_masks(model, sites, 1.), corrupt), padded_and_alone(model, sites, batch)
         added = [(experts_sum(model, sites, i, r), r.output) for i, r in enumerate(corrupt.mlp) if isinstance(r, Routed)]
     step, repeat = max(step_of(full), step_of(heads[0][1])), 4 * apart(full, again)
     rounding = 2 * step ** .75
     if getattr(model.get_submodule(sites.attention[0]), "weight", full).dtype == torch.int8: step, rounding = 1 / 127, 2 / 127  # rounds what it reads
     def alike(pairs): return worst([(apart(a, b), rounding * b.abs().max().item()) for a, b in pairs])
     found = dict(
-        padded=(apart(together, alone), step ** .5 * alone.abs().max().item()),
+        padded=((together - alone).abs().mean().item(), step ** .5 * alone.abs().mean().item()),
         open=(apart(opened, full), repeat), closed=(apart(closed, corrupt.logits), repeat),
         attention=alike([(r, at_last(m, batch.clean)) for r, m in zip(reaching, corrupt.mlp)]),
         block=worst([*map(around_sites, seen, plain), *between_layers(seen, plain)]), head=alike(heads))
