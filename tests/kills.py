@@ -37,12 +37,14 @@ def ended(act, seconds, how):
     ready, tell = os.pipe()
     child = os.fork()
     if child == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            os.write(tell, b".")
-            try: code = act()
-            except KeyboardInterrupt: code = 130
-            os._exit(code or 0)
+        code = 1
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+                os.write(tell, b".")
+                code = act() or 0
+        except KeyboardInterrupt: code = 130
+        finally: os._exit(code)
     os.read(ready, 1)
     os.close(ready), os.close(tell)
     time.sleep(seconds)
