@@ -114,7 +114,7 @@ def of_runs(circuits, times, how, draw):
     with tempfile.TemporaryDirectory() as folder:
         runs, now = Runs(circuits, Path(folder)), 1
         for _ in range(times):
-            code = ended(lambda: runs.run(1 - now), draw.uniform(0, 1.1 * runs.seconds), how)
+            code = ended(lambda: runs.run(1 - now), draw.uniform(0, 2 * runs.seconds), how)
             state, hidden = runs.found(), len(names(Path(folder))) > 2
             counts["folder of two runs, or half-written"] += state[0] is None
             counts["report broken"] += state[1] is None
