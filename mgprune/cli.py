@@ -162,9 +162,9 @@ def open_model(
     device,  # cpu, cuda, ...; None stays on the CPU
 ):
     "Load the model onto the device"
-    try: torch.ones(1, device=device or "cpu").item()
+    try: torch.ones(1, device="cpu" if device is None else device).item()
     except Exception as e: raise InputError(  # each backend has errors of its own
-        f"--device {device}: {str(e).splitlines()[0]}") from e
+        f"--device {device}: {(str(e) or type(e).__name__).splitlines()[0]}") from e
     return load_model(expanded(name), device=device)
 
 # %% ../nbs/15_cli.ipynb #86495e3b

@@ -530,6 +530,7 @@ def plot_writes(
     if level in circuit.scores: places = sorted(places, key=lambda p: -margins(circuit)[level][p].item())
     places, tokenizer = places[:neurons], tokenizer_of(model)
     logits = written_logits(model, level, places)
+    if 2 * tokens > logits.shape[1]: raise InputError(f"tokens={tokens}: expected at most half of the {logits.shape[1]} tokens of the vocabulary")
     figure = Picture(figsize=(1.6 * tokens + .8, .24 * len(places) + .5))
     axes, colours = figure.add_axes((0, 0, 1, 1)), sns.color_palette("vlag_r", as_cmap=True)
     for row, (place, values) in enumerate(zip(places, logits)):

@@ -37,12 +37,14 @@ def ended(act, seconds, how):
     ready, tell = os.pipe()
     child = os.fork()
     if child == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            os.write(tell, b".")
-            try: code = act()
-            except KeyboardInterrupt: code = 130
-            os._exit(code or 0)
+        code = 1
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+                os.write(tell, b".")
+                code = act() or 0
+        except KeyboardInterrupt: code = 130
+        finally: os._exit(code)
     os.read(ready, 1)
     os.close(ready), os.close(tell)
     time.sleep(seconds)
@@ -112,7 +114,7 @@ def of_runs(circuits, times, how, draw):
     with tempfile.TemporaryDirectory() as folder:
         runs, now = Runs(circuits, Path(folder)), 1
         for _ in range(times):
-            code = ended(lambda: runs.run(1 - now), draw.uniform(0, 1.1 * runs.seconds), how)
+            code = ended(lambda: runs.run(1 - now), draw.uniform(0, 2 * runs.seconds), how)
             state, hidden = runs.found(), len(names(Path(folder))) > 2
             counts["folder of two runs, or half-written"] += state[0] is None
             counts["report broken"] += state[1] is None

@@ -1,15 +1,19 @@
 """The command line: what it writes, how it refuses, and that a circuit measures the same twice."""
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import kills
 from mgprune import cli, tasks
+from mgprune.circuit import Circuit
 from mgprune.cli import main
 from mgprune.models import load_model
 
@@ -120,7 +124,25 @@ def test_pairs_from_a_file_are_found_again(pairs, tmp_path, capsys):
     (["discover", "ioi", "--kl", "1", "--keep", ".1"], "exactly one of"),
     (["discover", "ioi", "--levels", "head,neuron"], "neuron"),
     (["discover", "ioi", "--steps", "3"], "--steps 3: expected at least"),
+    (["discover", "ioi", "--steps", "0"], "--steps 0: expected at least"),
+    (["discover", "ioi", "--keep", "nan"], "keep=nan: expected a share"),
+    (["sweep", "ioi", "--keep", ".1", "inf"], "expected a share"),
     (["discover", "ioi", "--seed", "x"], "invalid int value"),
+    (["discover", "ioi", "--seed", "-1"], "--seed=-1: expected a whole number from 0"),
+    (["discover", "ioi", "--seed", "99999999999999999999"], "expected a whole number from 0"),
+    (["discover", "ioi", "--device", "meta"], "--device meta"),
+    (["discover", "ioi", "--device", ""], "--device "),
+    (["discover", "ioi", "--out", "a\0b"], "without the character NUL"),
+    (["discover", "ioi", "--json", "a\0b"], "without the character NUL"),
+    (["discover", "ioi", "--out", "a" * 300], "File name too long"),
+    (["discover", "ioi", "--out", "."], "is the folder you work in, or holds it"),
+    (["discover", "ioi", "--out", ""], "is the folder you work in, or holds it"),
+    (["discover", "ioi", "--out", "/"], "is the folder you work in, or holds it"),
+    (["discover", "ioi", "--out", "~no such user/x"], "Write the home folder out"),
+    (["discover", "ioi", "--out", "x", "--json", "x"], "in the way of what --out writes"),
+    (["discover", "ioi", "--out", "x/y", "--json", "x"], "in the way of what --out writes"),
+    (["discover", "ioi", "--out", "x", "--json", "x/circuit.json"], "in the way of what --out writes"),
+    (["evaluate", "a\0b"], "without the character NUL"),
     (["discover", "ioi", "--corruption", "noise"], "noise"),
     (["discover", "ioi", "--device", "abacus"], "--device abacus"),
     (["discover", "ioi", "--model", "no/such/model/at/all"], "no causal language model"),
@@ -140,6 +162,77 @@ def test_refuses_places_that_cannot_be_written(tmp_path, capsys):
     assert "cannot write into" in refused(capsys, "discover", "ioi", "--out", file / "below")
     assert "cannot write into" in refused(capsys, "discover", "ioi", "--json", file / "below" / "a.json")
     assert "is a folder" in refused(capsys, "discover", "ioi", "--json", tmp_path)
+
+
+def test_nothing_of_the_users_is_replaced(found, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(found / "out", run)
+    for name in ("notes.txt", "2024", "circuit.png.txt"):
+        (run / name).mkdir() if name.isdigit() else (run / name).touch()
+        if name.isdigit(): (run / name / "photo.jpg").touch()
+        assert f"holds '{name}'" in refused(capsys, "discover", "ioi", "--out", run)
+        assert {path.name for path in run.iterdir()} >= {name, "circuit.json", "summary.md"}
+        shutil.rmtree(run / name) if name.isdigit() else (run / name).unlink()
+    (run / "circuit.json").write_text('{"mine": 1}')
+    assert "holds 'circuit.json'" in refused(capsys, "discover", "ioi", "--out", run)
+    for content in ("mine", '{"mine": 1}', "[]"):
+        (tmp_path / "mine.json").write_text(content)
+        assert "no report of an earlier run" in refused(capsys, "discover", "ioi", "--json", tmp_path / "mine.json")
+        assert (tmp_path / "mine.json").read_text() == content
+    os.mkfifo(tmp_path / "pipe")
+    assert "no report of an earlier run" in refused(capsys, "discover", "ioi", "--json", tmp_path / "pipe")
+    assert "is a file" in refused(capsys, "discover", "ioi", "--out", tmp_path / "mine.json")
+    assert "no report of an earlier run" in refused(capsys, "evaluate", found / "out", "--json", found / "out/circuit.json")
+
+
+def test_what_an_earlier_run_wrote_is_replaced_by_the_next(found, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(found / "out", run)
+    shutil.copy(found / "deep/ioi.json", run / "ioi.json")
+    assert cli.foreign(run) == []
+    monkeypatch.setattr(cli, "discover", lambda *of, **options: Circuit.load(found / "out/circuit.json"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["discover", "ioi", "--out", "~/run", "--json", "~/run/again.json"]) == 0
+    names = {path.name for path in run.iterdir()}
+    assert names - {"circuit.safetensors"} == {"circuit.json", "circuit.png", "heads.png", "neurons.png", "training.png", "summary.md", "again.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_names_from_a_file_are_shown_as_they_are(found, tmp_path, capsys):
+    circuit = Circuit.load(found / "out/circuit.json")
+    odd = "x|y`\n# Heading\x1b[2J\u202e<script>[a](http://b)"
+    text = cli.summary(replace(circuit, provenance=circuit.provenance | dict(model=odd, task=odd, corruption=odd)), "circuit.json")
+    words = text.partition("```python")[0]
+    assert not any(sign in words for sign in ("<script>", "\x1b", "\u202e", "](", "http:")) and "\n# Heading" not in text
+    assert all(line.count("|") == 3 for line in words.partition("## Settings")[2].splitlines() if line.startswith("|"))
+    code = text.partition("```python\n")[2]
+    assert code.count("```") == 1 and eval(code.splitlines()[1].partition("load_model")[2]) == odd
+
+    replace(circuit, provenance=circuit.provenance | dict(model=odd)).save(tmp_path / "odd.json")
+    assert main(["evaluate", str(tmp_path / "odd.json")]) == 2
+    out, err = capsys.readouterr()
+    assert "as the circuit says" in out and r"\x1b[2J" in out and not {"\x1b", "\u202e"} & {*(out + err)} and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name, place", [("https://somewhere/model", "an address on the web"), ("/etc/hostname", "on this machine"),
+                                         ("../secret", "on this machine"), ("somebody/model", "on the hub"), ("embedded", "comes with this package")])
+def test_the_model_that_a_file_names_is_said_before_it_is_opened(found, tmp_path, capsys, monkeypatch, name, place):
+    circuit = Circuit.load(found / "out/circuit.json")
+    replace(circuit, provenance=circuit.provenance | dict(model=name)).save(tmp_path / "a.json")
+    def refuse(*of, **options): raise cli.InputError(f"opened after {capsys.readouterr().out!r}")
+    monkeypatch.setattr(cli, "load_model", refuse)
+    assert main(["evaluate", str(tmp_path / "a.json")]) == 2
+    said = capsys.readouterr().err
+    assert name in said.partition("opened after")[2] and place in said and "as the circuit says" in said
+
+
+@pytest.mark.parametrize("part", (dict(model=5), dict(task=["ioi"]), dict(pairs_file="x"), dict(pairs=[0, 1]), dict(task_seed="1"), dict(corruption=1.5)))
+def test_a_file_that_says_something_else_than_it_should_is_refused(found, tmp_path, capsys, part):
+    circuit = Circuit.load(found / "out/circuit.json")
+    replace(circuit, provenance=circuit.provenance | part).save(tmp_path / "odd.json")
+    assert main(["evaluate", str(tmp_path / "odd.json")]) == 2
+    err = capsys.readouterr().err
+    assert next(iter(part)) in err and len(err.splitlines()) == 1
 
 
 def test_refuses_files_that_cannot_be_read(tmp_path, capsys):
@@ -170,6 +263,20 @@ def process(*argv, **more):
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1", PYTHONPATH=str(ROOT))
     return subprocess.Popen([sys.executable, "-m", "mgprune.cli", *argv], text=True, env=environment,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+
+
+def test_a_reader_that_ends_ends_the_command_in_one_line(tmp_path):
+    running = process("discover", "ioi", "--steps", "40", "--out", f"{tmp_path}/out")
+    running.stdout.close()
+    err, code = running.stderr.read(), running.wait(timeout=120)
+    assert code == 2 and err.strip() == "mgprune: error: cannot write the output: Broken pipe" and not [*tmp_path.iterdir()]
+
+
+def test_a_terminal_without_umlauts_gets_escapes():
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with cli.redirect_stdout(narrow), cli.terminal(): print("wrote Müller\x07.json")
+    narrow.flush()
+    assert narrow.buffer.getvalue() == rb"wrote M\xfcller\x07.json" + os.linesep.encode()
 
 
 def test_exit_codes_of_a_process():

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
 from families import TINY, pairs, tiny
-from mgprune import export, planted, tasks
+from mgprune import export, planted, plots, tasks
 from mgprune.circuit import Circuit, edge_counts, from_kept, from_scores, full_circuit
 from mgprune.export import constants, parameters, to_folder
 from mgprune.masks import LEVELS, level_shapes
@@ -212,6 +212,86 @@ def test_a_failed_export_leaves_no_folder(tmp_path, monkeypatch):
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.parametrize("smaller", (True, False))
+def test_adapters_are_refused_and_merged_ones_are_exported(smaller, tmp_path):
+    peft = pytest.importorskip("peft")
+    def lora(): return peft.LoraConfig(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM", init_lora_weights=False)
+    added, wrapped = random_model("gpt2"), peft.get_peft_model(random_model("gpt2"), lora())
+    circuit = random_circuit(added, .7)
+    added.add_adapter(lora())
+    for model in (added, wrapped):
+        with pytest.raises(InputError, match="merge the adapter first"): circuit.export(model, tmp_path / "x", smaller=smaller)
+        assert [*tmp_path.iterdir()] == []
+    merged = wrapped.merge_and_unload()
+    small, _ = exported(circuit, merged, tmp_path / "x", smaller=smaller)
+    torch.testing.assert_close(run(small, random_batch(merged)), under(merged, circuit, random_batch(merged), constants(merged)), atol=1e-4, rtol=1e-4)
+
+
+def hooked(model): model.model.layers[1].mlp.register_forward_hook(lambda module, args, out: 1.05 * out)
+def patched(model):
+    forward = model.model.layers[0].mlp.forward
+    model.model.layers[0].mlp.forward = lambda x: forward(x) * 1.05
+def swapped(model): model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
+def untied(model): model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+def more(model): model.steering = torch.nn.Parameter(torch.ones(3))
+def normed(model): torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+def narrower(model): model.config.intermediate_size = 40
+
+
+@pytest.mark.parametrize("change", (hooked, patched, swapped, untied, more, normed, narrower), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("means", (False, True))
+def test_what_a_checkpoint_cannot_hold_is_not_lost_in_silence(change, means, tmp_path):
+    model = random_model("llama_tied_and_biased")
+    circuit, batch = random_circuit(model, .7), random_batch(model)
+    change(model)
+    with pytest.raises(InputError, match="would not compute|would be lost|do not fit"): circuit.export(model, tmp_path / "x", means=batch if means else None)
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
+def test_other_precisions_are_exported(dtype, tmp_path):
+    model = random_model("llama").to(dtype)
+    circuit, batch = random_circuit(model, .7), random_batch(model)
+    circuit.export(model, tmp_path / "x", means=batch)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "x", dtype=dtype).eval()
+    wanted = under(model, circuit, batch, constants(model, batch))
+    assert (run(again, batch) - wanted).abs().max() <= 2 * torch.finfo(dtype).eps ** .75 * wanted.abs().max() + 1e-4
+
+
+def test_a_model_whose_weights_are_brought_when_needed_is_exported(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = random_model("llama")
+    circuit, batch = random_circuit(model, .7), random_batch(model)
+    wanted = under(model, circuit, batch, constants(model))
+    accelerate.cpu_offload(model, execution_device="cpu")
+    small, _ = exported(circuit, model, tmp_path / "x")
+    torch.testing.assert_close(run(small, batch), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_arguments_of_other_kinds_are_refused(tmp_path):
+    model = random_model("gpt2")
+    circuit, other = random_circuit(model, .7), load_model()
+    for wrong in (lambda: circuit.export(None, tmp_path / "x"), lambda: circuit.export(model, 5), lambda: circuit.export(model, tmp_path / "x", means=3),
+                  lambda: circuit.export(model, tmp_path / "x", smaller="no"), lambda: circuit.write(5), lambda: circuit.mib("yes"),
+                  lambda: to_folder(circuit, tmp_path / "x", 5), lambda: circuit.push_to_hub(5), lambda: Circuit.from_hub(5), lambda: Circuit.from_hub(""),
+                  lambda: Circuit.from_hub("a\0b"), lambda: plots.plot_circuit(circuit.kept), lambda: plots.plot_scores(circuit),
+                  lambda: plots.plot_heads(circuit, scores=True), lambda: plots.plot_training(circuit), lambda: plots.plot_frontier([circuit]),
+                  lambda: plots.plot_frontier([]), lambda: plots.plot_comparison(circuit, None), lambda: plots.plot_comparison(circuit, circuit, "ab"),
+                  lambda: plots.plot_attention(other, "", [(0, 0)]), lambda: plots.plot_attention(other, "a b", circuit),
+                  lambda: plots.plot_attention(other, "a b", [(0, -1)]), lambda: plots.plot_attention(other, "a b", [(0, 0)], 0),
+                  lambda: plots.plot_writes(circuit, other), lambda: plots.written_logits(other, "mlp_neuron", [(0, 9999)]),
+                  lambda: plots.save_figures(circuit, "a\0b")):
+        with pytest.raises(InputError): wrong()
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_dollars_in_names_are_no_formulas(tmp_path):
+    model = random_model("gpt2")
+    circuit, row = random_circuit(model, .7), dict(neurons=1, kl=.1, accuracy=.5, full_accuracy=1.)
+    plots.plot_comparison(circuit, circuit, ("$\\frac$", "a$b$c")).savefig(tmp_path / "a.png")
+    plots.plot_frontier({"$\\nothing$": [row]}).savefig(tmp_path / "b.png")
+
+
 # --- graphs, tables and the page
 
 @pytest.fixture(scope="module")
@@ -237,6 +317,15 @@ def test_mib_edges_are_the_graphs_own(scored):
     assert all(re.fullmatch(r"input|logits|a\d+\.h\d+|m\d+", name) for name in graph["nodes"])
     assert {end.split("<")[0] for name in graph["edges"] for end in name.split("->")} == {*graph["nodes"]}
     assert all(("<" in name) == bool(re.search(r"->a\d+\.h\d+<[qkv]>$", name)) for name in graph["edges"])
+
+
+def test_where_blocks_are_parallel_the_mlp_reads_no_head_of_its_layer(scored):
+    class Parallel(type(scored.sites)): parallel = True
+    circuit = Circuit(scored.kept, Parallel(**vars(scored.sites)))
+    graph = circuit.mib(edges=True)
+    assert graph["cfg"]["parallel_attn_mlp"] and not scored.mib()["cfg"]["parallel_attn_mlp"]
+    assert "a0.h1->m0" not in graph["edges"] and "a0.h1->m1" in graph["edges"] and "m0->a1.h0<q>" in graph["edges"]
+    assert len(scored.mib(edges=True)["edges"]) - len(graph["edges"]) == 4 * 4
 
 
 def test_dot_links_every_box_to_the_stream(scored):
@@ -297,6 +386,15 @@ def test_the_card_says_where_the_circuit_comes_from(scored, tmp_path):
     text = (to_folder(Circuit(scored.kept, scored.sites, provenance=about), tmp_path / "x", "me/ioi") / "README.md").read_text()
     assert text.startswith("---\nlibrary_name: mgprune\n") and "Circuit.from_hub('me/ioi', model)" in text
     assert all(part in text for part in ("# Circuit of embedded for ioi", "KL 0.1", "| seed | 7 |", "| torch version | 2 |", "load_model('embedded')"))
+
+
+def test_names_on_the_card_are_names(scored):
+    odd = "x|y`\n# Heading\n```\n<script>\u202e"
+    text = export.card(Circuit(scored.kept, scored.sites, provenance=dict(model=odd, task=odd, versions={odd: odd}, metrics=dict(kl="much"))), odd)
+    words, _, code = text.partition("```python\n")
+    assert "<script>" not in words and "\u202e" not in text and "\n# Heading" not in text and code.count("```") == 1
+    assert all(line.count("|") == 3 for line in words.partition("| made with")[2].splitlines() if line.startswith("|"))
+    assert text.count("\n---\n") == 1 and "\u202e" not in Circuit(scored.kept, scored.sites, provenance=dict(model=odd)).view()
 
 
 def test_a_hub_that_refuses_is_reported(scored, monkeypatch):
