@@ -90,8 +90,13 @@ def fits(
     if kind: return _holds(value, kind, parts)
     if hint is str: return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
     if hint is Path: return isinstance(value, Path) and "\0" not in str(value)
-    number = {int: numbers.Integral, float: numbers.Real}.get(hint)
-    return isinstance(value, number) and not isinstance(value, bool) and value == value if number else isinstance(value, hint)
+    if hint is int: return isinstance(value, numbers.Integral) and not isinstance(value, bool) and abs(value) < 2 ** 63
+    if hint is float: return isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value and _as_float(value)
+    return isinstance(value, hint)
+
+def _as_float(value):
+    try: return float(value) is not None
+    except OverflowError: return False
 
 def _holds(value, kind, parts):
     if kind is Callable: return callable(value)
@@ -141,6 +146,7 @@ def checked(
         for name, value in signature.bind(*args, **named).arguments.items():
             if name in hints(): expect(value, name, hints()[name], f"{f.__name__}: ")
         return f(*args, **named)
+    call.checks_arguments = True
     return call
 
 # %% ../nbs/00_arguments.ipynb #3ab409d0

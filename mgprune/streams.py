@@ -368,7 +368,8 @@ def mix(
 ):
     "The clean value where the mask is 1, the corrupted one where it is 0"
     shaped = clean.reshape(corrupt.shape) if clean.numel() == corrupt.numel() else clean
-    if shaped.dim() != corrupt.dim() or any(n not in (m, 1) for n, m in zip(corrupt.shape, shaped.shape)): raise InputError(
+    constant = corrupt.numel() == corrupt.shape[-1] == clean.shape[-1]
+    if not constant and (shaped.dim() != corrupt.dim() or any(n not in (m, 1) for n, m in zip(corrupt.shape, shaped.shape))): raise InputError(
         f"values of shape {tuple(clean.shape)} meet a recording of shape {tuple(corrupt.shape)}: run the very prompts that were recorded")
     return torch.lerp(corrupt.to(clean.device), shaped, mask.to(clean)).reshape(clean.shape)
 
@@ -895,8 +896,8 @@ def check_batch(
     if not batch.clean.shape == batch.corrupt.shape == mask.shape: raise InputError(
         f"clean {tuple(batch.clean.shape)}, corrupt {tuple(batch.corrupt.shape)}, attention_mask {tuple(mask.shape)}: expected one shape, [pairs, positions]")
     if not mask[:, -1].all() or (mask.diff(dim=-1) < 0).any(): raise InputError("expected prompts that are padded on the left")
-    highest = max(ids.where(mask > 0, 0).max().item() for ids in (batch.clean, batch.corrupt))
-    if max(highest, batch.answer.max().item(), batch.wrong.max().item()) >= known: raise InputError(
+    highest = max(t.max().item() for t in (*(ids.where(mask > 0, 0) for ids in (batch.clean, batch.corrupt)), batch.answer, batch.wrong) if t.numel())
+    if highest >= known: raise InputError(
         f"token {highest} for a model that knows {known}: its tokenizer has more tokens than the model, use model.resize_token_embeddings or the model's own tokenizer")
     def padded(ids): return ids if ids.max() < known else ids.where(mask > 0, 0)  # a padding token that was added to the tokenizer only
     return replace(batch, clean=padded(batch.clean), corrupt=padded(batch.corrupt)).to(model.device)

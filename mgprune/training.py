@@ -19,7 +19,7 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from .arguments import Count, Finite, Must, Seed, Share, above, at_least, check_fields, checked, expect, printable
+from .arguments import Count, Finite, Must, Seed, Share, above, at_least, check_fields, checked, expect, fits, printable, shown
 from .circuit import Circuit, from_scores
 from .evaluation import SIZES, cut_by_kl, cut_by_size, cuts, evaluate
 from .gates import Sigmoid
@@ -40,15 +40,15 @@ class Goal:
     def __post_init__(self):
         given = {k: v for k, v in asdict(self).items() if v is not None}
         if len(given) != 1: raise InputError(f"expected exactly one of kl, keep and penalties, got {', '.join(given) or 'none'}")
-        def number(v): return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+        def number(v): return fits(v, Finite)
         if self.kl is not None and not (number(self.kl) and self.kl > 0): raise InputError(
-            f"kl={self.kl!r}: expected a divergence above 0, in nats, such as kl=0.1")
+            f"kl={shown(self.kl)}: expected a divergence above 0, in nats, such as kl=0.1")
         if self.keep is not None and not (self.shares and all(number(k) and 0 < k <= 1 for k in self.shares)): raise InputError(
-            f"keep={self.keep!r}: expected a share of the neurons above 0 and at most 1, such as keep=0.05")
+            f"keep={shown(self.keep)}: expected a share of the neurons above 0 and at most 1, such as keep=0.05")
         if self.penalties is not None: expect(self.penalties, "penalties", dict)
         for level, price in (self.penalties or {}).items():
             check_levels(level)
-            if not (number(price) and price >= 0): raise InputError(f"penalties[{level!r}]={price!r}: expected a price of 0 or more")
+            if not (number(price) and price >= 0): raise InputError(f"penalties[{level!r}]={shown(price)}: expected a price of 0 or more")
 
     @property
     def shares(self):

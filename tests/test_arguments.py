@@ -1,0 +1,140 @@
+"""Every public function meets arguments of wrong types, ranges and shapes: it gives a result, or says in an InputError what is wrong."""
+import importlib
+import inspect
+import math
+import random
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import mgprune
+from families import pairs, tiny
+from mgprune import Circuit, load_model, plots, tasks
+from mgprune.attribution import nap
+from mgprune.circuit import from_kept, full_circuit
+from mgprune.gates import HardConcrete, Sigmoid
+from mgprune.models import EMBEDDED, InputError
+from mgprune.sites import find_sites
+from mgprune.streams import Batch, prepare
+from mgprune.training import Goal, Recipe
+
+MODULES = ("attribution", "circuit", "corruption", "evaluation", "export", "files", "models", "plots", "streams", "tasks", "training", "widgets")
+HUB = {"push_to_hub", "from_hub"}          # would ask the network
+
+
+def public():
+    "Name -> function, for every function that a module lists and that checks its arguments"
+    found = {}
+    for module in map(importlib.import_module, (f"mgprune.{name}" for name in MODULES)):
+        for name in module.__all__:
+            f = getattr(module, name)
+            if getattr(f, "__module__", None) == module.__name__ and getattr(f, "checks_arguments", False):
+                found[f"{module.__name__.removeprefix('mgprune.')}.{name}"] = f
+    return found
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory):
+    "Argument name -> a value that fits, for a search that takes no time"
+    folder, model = tmp_path_factory.mktemp("valid"), load_model()
+    task, sites = tasks.ioi(model, n=(4, 2, 2)), find_sites(model)
+    circuit = mgprune.discover(model, task, keep=.1, recipe=Recipe(steps=2, batch_size=2), progress=False)
+    examples = prepare(model, task.batch("test"))
+    batch, path = task.batch("test"), circuit.save(folder / "circuit.json")
+    rows = [dict(clean=p.clean, corrupt=p.corrupt, answer=p.answer, wrong=p.wrong) for p in task.train]
+    return dict(
+        model=model, task=task, sites=sites, circuit=circuit, a=circuit, b=full_circuit(sites), examples=examples, batch=batch, pairs=rows, source=rows,
+        scores=nap(model, examples), kept=circuit.kept, f=torch.logical_or, recipe=Recipe(steps=1, batch_size=2), gate=Sigmoid(), progress=False,
+        keep=.2, kl=None, penalties=None, levels=("head", "mlp"), seed=0, n=(3, 1, 1), threshold=0., provenance={}, at=(1.,), measure="kl", steps=1,
+        batch_size=2, sizes=(.5,), path=path, folder=folder / "new", memory=0, circuits=[circuit], text="The war", words=["Mary"], question="Who?",
+        answer=" Mary", level="head", pair=task.test[0], prompt=task.test[0].clean, splits="test", output=False, closed=True, errors=0., guess=None, tries=1,
+        heads=[(0, 0)], places=[(0, 0, 0)], pool=tasks.word_pool(model), slots=dict(first="Mary", second="John", giver="John"), rng=random.Random(0))
+
+
+def arguments(name, f, valid, tmp_path):
+    "Arguments that fit the function, as far as they have no default"
+    special = {
+        "models.load_model": {}, "circuit.load": dict(path=valid["path"]), "circuit.save": dict(path=tmp_path / "c.json"), "export.write": dict(path=tmp_path / "c.csv"),
+        "export.export": dict(path=tmp_path / "e"), "export.to_folder": dict(path=tmp_path / "t"), "files.write_file": dict(path=tmp_path / "f", content=b"x"),
+        "evaluation.cut_by_kl": dict(kl=1.), "evaluation.neurons_at": dict(kl=3.), "tasks.load": dict(name="ioi", n=(3, 1, 1)), "plots.save_figures": dict(folder=tmp_path / "p"),
+        "tasks.cut_before": dict(text="When Mary met John, John saw Mary", answer=" Mary"), "training.discover": dict(keep=.2, recipe=valid["recipe"], progress=False),
+        "training.sweep": dict(keep=(.2,), recipe=valid["recipe"], progress=False), "attribution.sampled_gradient": dict(n=2),
+        "corruption.corruption_named": dict(name="swap_subject", allowed=("swap_subject",)), "corruption.random_tokens": dict(rng=random.Random(0)),
+        **{f"corruption.{name}": dict(slots=slots) for name, slots in SLOTS.items()}, "plots.written_logits": dict(level="attention_neuron"),
+        "tasks.read_prompt": dict(tokenizer=valid["model"].tokenizer), "tasks.answer_id": dict(tokenizer=valid["model"].tokenizer),
+        "files.write_folder": dict(path=tmp_path / "w", fill=lambda folder: (folder / "a").write_text("a")),
+    }.get(name, {})
+    if name.startswith("tasks.") and "n" in inspect.signature(f).parameters: special.setdefault("n", (3, 1, 1))
+    needed = {p.name for p in inspect.signature(f).parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    return {k: valid[k] for k in needed if k in valid and k not in special} | special
+
+
+SLOTS = dict(
+    year_01=dict(century="17", tens="3", units="2"), decade_start=dict(century="17", tens="3", units="2"), other_gender=dict(name="Mary"),
+    neutral_word=dict(name="Mary"), other_number=dict(subject="cat", counterpart="cats"), other_question=dict(asked="France", other="Spain"),
+    swap_listed=dict(right="cat", other="dog", listed0="cat", listed1="dog"), unrelated_words=dict(listed0="cat"))
+WRONG = [None, True, -1, 0, 10 ** 400, math.nan, math.inf, -2.5, 3.7, "", "nonsense", "\0", "\ud800", b"bytes", [], {}, (), (1,), ["head", "head"], {"head": 1},
+         {"x": torch.ones(2)}, {"head": torch.ones(2, 2)}, object(), torch.zeros(2), len, int, Path("/no/such/place"), Sigmoid, HardConcrete(), Goal(kl=1), range(3)]
+OWN = {("files.write_folder", "fill")}  # a function of the caller's, whose errors are the caller's
+SLOW = {"attribution.patching"}  # closes every neuron: only what it refuses is tried
+
+
+def outcome(f, given):
+    "'result', 'refused', or the name of another error"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            f(**given)
+    except InputError: return "refused"
+    except Exception as e: return f"{type(e).__name__}: {e}"[:200]
+    return "result"
+
+
+def test_every_public_function_gives_a_result_or_says_what_is_wrong(valid, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    counts, bad, functions, draw = {"result": 0, "refused": 0}, [], public(), random.Random(0)
+    assert len(functions) > 60
+    for number, (name, f) in enumerate(functions.items()):
+        if f.__name__ in HUB: continue
+        for parameter in inspect.signature(f).parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD or (name, parameter.name) in OWN: continue
+            for i, wrong in enumerate(draw.sample(WRONG, 8)):  # all of them take minutes
+                (place := tmp_path / f"{number}-{parameter.name}-{i}").mkdir()
+                given = arguments(name, f, valid, place) | {parameter.name: wrong}
+                if name in SLOW and parameter.name not in ("model", "task"): continue
+                said = outcome(f, given)
+                if said in counts: counts[said] += 1
+                else: bad.append(f"{name}({parameter.name}={wrong!r:.40}): {said}")
+    assert not bad, f"{len(bad)} of {sum(counts.values()) + len(bad)}\n" + "\n".join(bad)
+    assert counts["refused"] > 1000
+
+
+@pytest.mark.parametrize("make", [Recipe, HardConcrete, Goal, tasks.Pair])
+def test_values_are_checked_where_they_are_made(make):
+    start = {tasks.Pair: dict(clean="a", corrupt="b", answer="c"), Goal: {}}.get(make, {})
+    for name in inspect.signature(make).parameters:
+        for wrong in WRONG:
+            assert outcome(make, start | {name: wrong}) in ("result", "refused"), (name, wrong)
+
+
+def test_batches_of_other_shapes_are_refused():
+    model, batch = tiny("llama"), pairs()
+    others = [Batch(batch.clean[:, 1:], batch.corrupt, batch.attention_mask, batch.answer, batch.wrong), Batch(*[t[:0] for t in vars(batch).values()]),
+              Batch(batch.clean, batch.corrupt, 1 - batch.attention_mask, batch.answer, batch.wrong), Batch(batch.clean + 100, batch.corrupt, *list(vars(batch).values())[2:])]
+    for other in others:
+        with pytest.raises(InputError): prepare(model, other)
+    with pytest.raises(InputError): prepare(model, [1])
+
+
+def test_a_circuit_takes_only_tensors_of_its_model():
+    sites = find_sites(load_model())
+    for wrong in WRONG:
+        assert outcome(Circuit, dict(kept=wrong, sites=sites)) == "refused", wrong
+        if wrong != {}: assert outcome(Circuit, dict(kept=full_circuit(sites).kept, sites=wrong)) == "refused", wrong
+    assert (from_kept({"head": torch.ones(4, 4, dtype=torch.bool)}, sites) == None) is False  # noqa: E711
+
+
+def test_the_embedded_folder_is_a_path_too():
+    assert load_model(EMBEDDED).num_parameters() == load_model().num_parameters()
