@@ -174,7 +174,8 @@ def write_folder(
                 check_folder(path, foreign)  # something may have come in while the new one was filled
                 _take_place(aside, target)
                 put()
-        finally: shutil.rmtree(aside, ignore_errors=True)  # the new one if it failed, else the old one
+        finally:
+            with _to_the_end(): shutil.rmtree(aside, ignore_errors=True)  # the new one if it failed, else the old one
     return as_path(path)
 
 # %% ../nbs/01_files.ipynb #e6241859

@@ -231,7 +231,8 @@ def hooked(model): model.model.layers[1].mlp.register_forward_hook(lambda module
 def patched(model):
     forward = model.model.layers[0].mlp.forward
     model.model.layers[0].mlp.forward = lambda x: forward(x) * 1.05
-def swapped(model): model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
+def swapped(model):
+    for layer in model.model.layers: layer.mlp.act_fn = torch.nn.ReLU()
 def untied(model): model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
 def more(model): model.steering = torch.nn.Parameter(torch.ones(3))
 def normed(model): torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
