@@ -38,10 +38,11 @@ def shown(
 
 # %% ../nbs/00_arguments.ipynb #8eabbd91
 def printable(
-    text: Any,  # a text, or something to show as one
+    text: Any,       # a text from anywhere, or something to show as one
+    keep: str = "",  # control characters that may stay
 ) -> str:
-    "The text for a terminal, with control characters and other invisible ones as escapes"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    "The text for a terminal: characters that do something else than show themselves become escapes"
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in str(text))
 
 # %% ../nbs/00_arguments.ipynb #ef02345e
 @dataclass(frozen=True)

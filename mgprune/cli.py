@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from .arguments import Count, InputError, Seed, as_path, expect
+from .arguments import Count, InputError, Seed, as_path, expect, printable
 from .circuit import Circuit
 from .evaluation import SIZES, evaluate
-from .files import check_folder, check_place, digest, in_code, in_markdown, printable, write_file, write_folder
+from .files import check_folder, check_place, digest, in_code, in_markdown, write_file, write_folder
 from .masks import DEFAULT_LEVELS, LEVELS, check_levels
 from .models import load_model
 from .plots import plot_frontier, save_figures

@@ -27,9 +27,9 @@ from matplotlib.colors import to_hex
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .arguments import InputError, Must, as_path, checked
+from .arguments import InputError, Must, as_path, checked, printable
 from .circuit import Circuit, check_model, load, lowest
-from .files import check_folder, in_code, in_markdown, printable, write_file, write_folder
+from .files import check_folder, in_code, in_markdown, write_file, write_folder
 from .models import EMBEDDED, frozen, weight_of
 from .plots import SPOKEN, head_shares, mlp_shares, noted, outgoing, plot_circuit, shade
 from .sites import find_sites

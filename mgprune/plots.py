@@ -26,9 +26,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-from .arguments import Count, InputError, as_path, checked, expect, fits, shown
+from .arguments import Count, InputError, as_path, checked, expect, fits, printable, shown
 from .circuit import Circuit, check_sites, lowest
-from .files import printable, write_file
+from .files import write_file
 from .models import frozen, tokenizer_of, weight_of
 from .sites import find_sites
 
