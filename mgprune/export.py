@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['AXES', 'WRITERS', 'MEANS', 'BIASES', 'GPT2_CUTS', 'LLAMA_CUTS', 'CUTS', 'level_table', 'table', 'dot_box', 'dot',
-           'svg', 'side_by_side', 'mib_edges', 'mib', 'as_numbers', 'check_alike', 'title_and_facts', 'view', 'write',
-           'input_device', 'constants', 'rebuilt', 'check_plain', 'whole_state', 'fold', 'fold_outputs', 'filled',
-           'silenced', 'layers_to_keep', 'in_parts', 'head_slots', 'take', 'placements', 'smaller_settings', 'shrunk',
+           'svg', 'mib_edges', 'mib', 'as_numbers', 'check_alike', 'title_and_facts', 'view', 'write', 'input_device',
+           'constants', 'rebuilt', 'check_plain', 'whole_state', 'fold', 'fold_outputs', 'filled', 'silenced',
+           'layers_to_keep', 'in_parts', 'head_slots', 'take', 'placements', 'smaller_settings', 'shrunk',
            'some_prompts', 'check_same', 'parameters', 'sizes', 'silent', 'export', 'card', 'to_folder', 'push_to_hub',
            'from_hub']
 
@@ -109,12 +109,6 @@ def svg(
 Circuit.svg = svg
 
 # %% ../nbs/16_export.ipynb #5f1c2a96
-def side_by_side(
-    sites,  # of the circuit
-):
-    "Whether attention and MLP of a block read the same input"
-    return getattr(sites, "parallel", False)
-
 def mib_edges(
     nodes,  # name -> values, from the prompt to the logits
     sites,  # of the circuit
@@ -124,7 +118,7 @@ def mib_edges(
     for layer in range(sites.n_layers):
         heads = [f"a{layer}.h{h}" for h in range(sites.n_heads)]
         found |= {f"{start}->{end}<{part}>": (start, end) for start in before for end in heads for part in "qkv"}
-        read = before if side_by_side(sites) else before + heads
+        read = before if sites.parallel else before + heads
         found |= {f"{start}->m{layer}": (start, f"m{layer}") for start in read}
         before += [*heads, f"m{layer}"]
     found |= {f"{start}->logits": (start, "logits") for start in before}
@@ -149,7 +143,7 @@ def mib(
             nodes[name] = dict(in_graph=bool(circuit.kept[level][place]))
             if level in best: nodes[name]["score"] = best[level][place].item() - bottom
     nodes["logits"] = dict(in_graph=True)
-    cfg = dict(n_layers=s.n_layers, n_heads=s.n_heads, d_model=s.width, parallel_attn_mlp=side_by_side(s))
+    cfg = dict(n_layers=s.n_layers, n_heads=s.n_heads, d_model=s.width, parallel_attn_mlp=s.parallel)
     return dict(cfg=cfg, nodes=nodes, edges=mib_edges(nodes, s) if edges else {})
 
 Circuit.mib = mib

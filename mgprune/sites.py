@@ -72,7 +72,7 @@ class Sites:
     @property
     def layers(self):
         "Module name of each layer, the innermost module that holds both of its sites"
-        def shared(a, b): return ".".join(x for x, _ in takewhile(lambda pair: pair[0] == pair[1], zip(a.split("."), b.split("."))))
+        def shared(*names): return ".".join(x for x, _ in takewhile(lambda p: p[0] == p[1], zip(*(n.split(".") for n in names))))
         return tuple(shared(a, m or e) for a, m, e in zip(self.attention, self.mlp, self.experts or self.mlp))
 
     @property
@@ -104,8 +104,8 @@ def experts_shape(
         "load the model without quantisation of the experts")
     takes = [p for p in inspect.signature(experts.forward).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if len(takes) < 3: raise InputError(
-        f"the experts of a layer, {type(experts).__name__}, are not told where each token is sent and with what weight, so that what passes "
-        "through one of them cannot be known from outside: this model cannot be masked")
+        f"the experts of a layer, {type(experts).__name__}, are not told where each token is sent and with what weight, "
+        "so that what passes through one of them cannot be known from outside: this model cannot be masked")
     return len(down), down[0].numel() // width + hasattr(experts, "down_proj_bias")
 
 # %% ../nbs/02_sites.ipynb #e31f82c5
@@ -160,7 +160,7 @@ def experts_in(
     layer,  # a transformer layer
 ):
     "The names of the modules in it that hold routed experts: a list of them, or a weight with three axes"
-    def holds(module): return isinstance(module, torch.nn.ModuleList) or any(p.dim() == 3 for p in module.parameters(recurse=False))
+    def holds(m): return isinstance(m, torch.nn.ModuleList) or any(p.dim() == 3 for p in m.parameters(recurse=False))
     return [name for name, module in layer.named_modules() if "expert" in name and holds(module)]
 
 def mixture_by_shape(
@@ -168,12 +168,13 @@ def mixture_by_shape(
     width,      # of the residual stream
     all_heads,  # heads × head width
 ):
-    "Names in a layer of the end of its attention, of a dense MLP, of its routed experts and of the expert beside them; None if these differ"
+    "Names of what ends attention and dense MLP, of routed experts and of the one beside them; None if they differ between layers"
     names = {"attention": set(), "mlp": set(), "experts": set(), "shared": set()}
     for layer in layers:
         (attention, rest), experts = attention_and_rest(layer, width, all_heads), experts_in(layer)
         inside = experts[0].rpartition(".")[0] + "." if experts else ""
-        if len(attention) != 1 or len(experts) > 1 or len(rest) > 1 or not (rest or experts) or not all(e.startswith(inside) for e in rest): return None
+        one_each = len(attention) == 1 and len(experts) <= 1 and len(rest) <= 1 and (rest or experts)
+        if not one_each or not all(e.startswith(inside) for e in rest): return None
         names["attention"].add(*attention)
         names["shared" if experts else "mlp"].add(next(iter(rest), None))
         if experts: names["experts"].add(*experts)
@@ -189,7 +190,8 @@ def why_not(
     (attention, rest), *others = (attention_and_rest(layer, width, all_heads) for layer in layers)
     for i, other in enumerate(others, 1):
         if other[0] != attention: return (
-            f"its layers are of several kinds: layer 0 ends in {', '.join(attention + rest)}, layer {i} in {', '.join(other[0] + other[1])}")
+            f"its layers are of several kinds: layer 0 ends in {', '.join(attention + rest)}, "
+            f"layer {i} in {', '.join(other[0] + other[1])}")
     for what, found in (("attention", attention), ("MLP", rest)):
         if len(found) > 1: return f"its layer holds more than one {what}, or what may be one: {', '.join(found)}"
     experts = next(filter(None, map(experts_in, layers)), None)
@@ -206,14 +208,16 @@ def family_by_shape(
     n, width, heads = (said(config, name) for name in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     if not (is_size(n) and is_size(width) and is_size(heads)): raise InputError(
         "its configuration does not say num_hidden_layers, hidden_size and num_attention_heads")
-    head_width, reasons = said(config, "head_dim"), []
-    all_heads = heads * (head_width if is_size(head_width) else width // heads)
+    widths = [w for w in (said(config, "head_dim"), said(config, "v_head_dim"), width // heads) if is_size(w)]
+    all_heads, reasons = heads * next(iter(widths), 0), []
     for name, layers in model.named_modules():
-        if not isinstance(layers, torch.nn.ModuleList) or len(layers) != n or re.search("vision|visual|audio|image", name): continue
-        if not ends(layers[0], width): continue
+        if not isinstance(layers, torch.nn.ModuleList) or len(layers) != n: continue
+        if re.search("vision|visual|audio|image", name) or not ends(layers[0], width): continue
         found = mixture_by_shape(layers, width, all_heads)
-        if found: return Family(name, **found)
-        reasons.append(why_not(layers, width, all_heads))
+        reads = found and fan_in(layers[0].get_submodule(found["attention"]))
+        if reads in [heads * w for w in widths]: return Family(name, **found)
+        unlike = f"{found['attention']} reads {reads} numbers, not {heads} heads side by side" if found else ""
+        reasons.append(unlike or why_not(layers, width, all_heads))
     raise InputError(reasons[0] if reasons else f"it holds no list of {n} layers with projections to {width} numbers")
 
 # %% ../nbs/02_sites.ipynb #33a8161c
@@ -223,11 +227,13 @@ def text_config(
     "The configuration of its text part"
     config = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"): raise InputError(
-        f"expected a Hugging Face causal language model, got {type(model).__name__}, which has no such configuration: give the model itself")
+        f"expected a Hugging Face causal language model, got {type(model).__name__}, which has no such configuration: "
+        "give the model itself")
     if said(config, "is_encoder_decoder"): raise InputError(
         f"{type(model).__name__} has an encoder and a decoder: circuits are found in models that have a decoder alone")
     try: return config.get_text_config()
-    except (AttributeError, ValueError) as e: raise InputError(f"the configuration of {type(model).__name__} has no text part: {e}") from e
+    except (AttributeError, ValueError) as e: raise InputError(
+        f"the configuration of {type(model).__name__} has no text part: {e}") from e
 
 def family_of(
     model,  # a Hugging Face causal language model
@@ -239,7 +245,7 @@ def family_of(
     except InputError as e: raise InputError(
         f"no sites are known for {type(model).__name__}, a model of type {kind!r}, and its modules do not show them: {e}. "
         f"If one projection ends the attention of every layer and another its MLP, add mgprune.sites.FAMILIES[{kind!r}] = "
-        "Family(layers, attention, mlp) with the names of the modules; a layer that holds more than these two cannot be masked") from e
+        "Family(layers, attention, mlp) with their names; a layer that holds more than these two cannot be masked") from e
 
 def module_at(
     model,  # a Hugging Face causal language model
@@ -266,20 +272,23 @@ def find_sites(
     family, config = family_of(model), text_config(model)
     layers = [f"{family.layers}.{name}" for name, _ in module_at(model, family.layers).named_children()]
     attention = tuple(f"{l}.{family.attention}" for l in layers)
-    experts = tuple(f"{l}.{family.experts}" if family.experts and module_at(model, f"{l}.{family.experts}", False) else None for l in layers)
+    def routed(layer): return module_at(model, f"{layer}.{family.experts}", needed=False)
+    experts = tuple(f"{l}.{family.experts}" if family.experts and routed(l) else None for l in layers)
     names = [family.shared if e else family.mlp for e in experts]
     mlp = tuple(f"{l}.{e}" if e else None for l, e in zip(layers, names))
     heads, width = said(config, "num_attention_heads"), said(config, "hidden_size")
     if not (layers and is_size(heads) and is_size(width)): raise InputError(
-        f"{type(model).__name__} has no layers at {family.layers}, or its configuration does not say num_attention_heads and hidden_size in one number "
-        "each: this model cannot be masked")
+        f"{type(model).__name__} has no layers at {family.layers}, or its configuration does not say num_attention_heads and "
+        "hidden_size in one number each: this model cannot be masked")
     inputs = {fan_in(module_at(model, n)) for n in attention}
     if len(inputs) != 1 or not (n := inputs.pop()) or n % heads: raise InputError(
-        f"the layers of {type(model).__name__} differ in their heads, or do not divide into {heads} heads: this model cannot be masked")
+        f"the layers of {type(model).__name__} differ in their heads, or do not divide into {heads} heads: "
+        "this model cannot be masked")
     dense = tuple(fan_in(module_at(model, n)) if n else 0 for n in mlp)
     shapes = {experts_shape(module_at(model, e), width) for e in experts if e}
     if None in dense or len(shapes) > 1: raise InputError(
-        f"the MLPs of {type(model).__name__} do not say how many neurons they have, or its layers differ in their experts: it cannot be masked")
+        f"the MLPs of {type(model).__name__} do not say how many neurons they have, or its layers differ in their experts: "
+        "it cannot be masked")
     n_routed, expert_width = shapes.pop() if shapes else (0, 0)
     widest = max(d + bool(e) * n_routed * expert_width for d, e in zip(dense, experts))
     rest = (dense, experts if any(experts) else (), n_routed, expert_width) if any(experts) or len({*dense}) > 1 else ()

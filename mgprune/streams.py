@@ -550,7 +550,7 @@ def without_parts(
 ):
     "What `run` returns, and for each projection what it writes without a part of its inputs, in two ways"
     dense = [name for i, name in enumerate(sites.mlp) if name and not (sites.experts and sites.experts[i])]
-    sizes = {name: sites.head_width for name in sites.attention} | {name: fan_in(model.get_submodule(name)) // 2 for name in dense}
+    sizes = dict.fromkeys(sites.attention, sites.head_width) | {name: fan_in(model.get_submodule(name)) // 2 for name in dense}
     seen = {}
     def try_part(name, n):
         def after(module, args, result):
@@ -569,7 +569,8 @@ def first_tensor(
     "The first tensor of numbers among them; InputError without one"
     flat = [v for value in values for v in (value if isinstance(value, (tuple, list)) else [value])]
     found = next((v for v in flat if torch.is_tensor(v) and v.is_floating_point()), None)
-    if found is None: raise InputError("a layer takes or returns no tensor by which the residual stream could be followed: it cannot be masked")
+    if found is None: raise InputError(
+        "a layer takes or returns no tensor by which the residual stream could be followed: it cannot be masked")
     return found.clone()  # some layers add to it in place
 
 def is_norm(
@@ -589,7 +590,8 @@ def stages(
     def watch(i, module):
         def before(module, args, kwargs): entered[module] = first_tensor(*args, *kwargs.values())
         def after(module, args, result):
-            if i in left: raise InputError(f"{sites.layers[i]} of {type(model).__name__} runs more than once in a forward pass: it cannot be masked")
+            if i in left: raise InputError(
+                f"{sites.layers[i]} of {type(model).__name__} runs more than once in a forward pass: it cannot be masked")
             if module is layers[i]: left.add(i)
             seen[i].append((entered.pop(module), first_tensor(result)))
         return [Hook(module, before, options=dict(with_kwargs=True)), Hook(module, after, after=True)]
@@ -629,13 +631,14 @@ def padded_and_alone(
     sites,  # of the model, from find_sites
     batch,  # Batch of pairs of six tokens
 ):
-    "What the last layer writes at the end of a prompt of four tokens, padded to six beside a longer one, and of that prompt alone"
+    "What the last layer writes at the end of a prompt of four tokens, padded to six in a batch, and of that prompt alone"
     mask = torch.ones_like(batch.attention_mask)
     mask[1, :2] = 0
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     def together(): return answer_logits(model, batch.clean, mask)
     def alone(): return model(input_ids=batch.clean[1:, 2:], attention_mask=mask[1:, 2:], **options)
-    return tuple(stages(model, sites, run)[1][-1][-1][1].reshape(-1, n, sites.width)[-1, -1] for run, n in ((together, 6), (alone, 4)))
+    def last(run, n): return stages(model, sites, run)[1][-1][-1][1].reshape(-1, n, sites.width)[-1, -1]
+    return last(together, 6), last(alone, 4)
 
 # %% ../nbs/04_streams.ipynb #0458c338
 def at_last(
@@ -664,7 +667,8 @@ def uniform_masks(
     value,  # of every mask
 ):
     "Masks that are the same at all places of both sites"
-    return SiteMasks(*(torch.full((sites.n_layers, n), value, device=model.device) for n in (sites.n_heads * sites.head_width, sites.mlp_width)))
+    widths = sites.n_heads * sites.head_width, sites.mlp_width
+    return SiteMasks(*(torch.full((sites.n_layers, width), value, device=model.device) for width in widths))
 
 # %% ../nbs/04_streams.ipynb #82276290
 def between_layers(
@@ -694,15 +698,18 @@ def differences(
     with torch.no_grad(), frozen(model):
         full = run()
         if not full.isfinite().all(): raise InputError(
-            f"the logits of {type(model).__name__} are not finite numbers in {model.dtype}: load it with dtype=torch.float32 or torch.bfloat16")
+            f"the logits of {type(model).__name__} are not finite numbers in {model.dtype}: "
+            "load it with dtype=torch.float32 or torch.bfloat16")
         corrupt, plain = stages(model, sites, lambda: record(model, batch.corrupt, batch.attention_mask))
         (closed, reaching), seen = stages(model, sites, lambda: closed_run(model, sites, batch, corrupt))
         again, heads, halves = without_parts(model, sites, run)
-        opened, (together, alone) = circuit_logits(model, batch, uniform_masks(model, sites, 1.), corrupt), padded_and_alone(model, sites, batch)
+        opened = circuit_logits(model, batch, uniform_masks(model, sites, 1.), corrupt)
+        together, alone = padded_and_alone(model, sites, batch)
         added = [(experts_sum(model, sites, i, r), r.output) for i, r in enumerate(corrupt.mlp) if isinstance(r, Routed)]
     step, repeat = max(step_of(full), step_of(heads[0][1])), 4 * apart(full, again)
     rounding = 2 * step ** .75
-    if getattr(model.get_submodule(sites.attention[0]), "weight", full).dtype == torch.int8: step, rounding = 1 / 127, 2 / 127  # rounds what it reads
+    weight = getattr(model.get_submodule(sites.attention[0]), "weight", full)
+    if weight.dtype == torch.int8: step, rounding = 1 / 127, 2 / 127  # such a projection rounds what it reads to as many steps
     def alike(pairs): return worst([(apart(a, b), rounding * b.abs().max().item()) for a, b in pairs])
     found = dict(
         padded=((together - alone).abs().mean().item(), step ** .5 * alone.abs().mean().item()),
@@ -725,10 +732,12 @@ def check_gradient(
             logits = circuit_logits(model, batch, half, corrupt)
             gradients = torch.autograd.grad(logits.float().log_softmax(-1)[:, 0].sum(), gates)
     except (NotImplementedError, RuntimeError) as e: raise InputError(
-        f"{type(model).__name__} gives masks no gradient with {getattr(model.config, '_attn_implementation', None)!r} attention in {model.dtype} on {model.device.type}: "
+        f"{type(model).__name__} gives masks no gradient with {getattr(model.config, '_attn_implementation', None)!r} attention "
+        f"in {model.dtype} on {model.device.type}: "
         f"{str(e).splitlines()[0]}. Try model.set_attn_implementation('sdpa'), or 'eager'") from e
     if not all(g.isfinite().all() and g.any() for g in gradients): raise InputError(
-        f"the gradients of {type(model).__name__} in {model.dtype} are zero or not finite: load it with dtype=torch.float32 or torch.bfloat16")
+        f"the gradients of {type(model).__name__} in {model.dtype} are zero or not finite: "
+        "load it with dtype=torch.float32 or torch.bfloat16")
 
 # %% ../nbs/04_streams.ipynb #5882215c
 def check_place(
@@ -736,7 +745,8 @@ def check_place(
 ):
     "Refuse a model whose first weights, or whose experts, are on no device"
     lacking = [name for name in ("dtype", "device", "get_submodule") if not hasattr(model, name)]
-    if lacking: raise InputError(f"{type(model).__name__} has no {lacking[0]}: give the Hugging Face model itself, without what is around it")
+    if lacking: raise InputError(
+        f"{type(model).__name__} has no {lacking[0]}: give the Hugging Face model itself, without what is around it")
     experts = [p for path in filter(None, find_sites(model).experts or ()) for p in model.get_submodule(path).parameters()]
     if model.device.type == "meta" or any(p.is_meta for p in experts): raise InputError(
         f"the first weights of {type(model).__name__}, or those of its routed experts, are on no device, where they have to be: "
@@ -744,11 +754,11 @@ def check_place(
 
 # %% ../nbs/04_streams.ipynb #44ceeac6
 MEANING = {  # of each measured difference that is too large
-    "padded": "a prompt padded on the left is not answered like the prompt alone: position_ids or attention_mask are lost on their way",
+    "padded": "a prompt padded on the left is not answered like the prompt alone: position_ids or attention_mask are lost",
     "open": "open masks change what the model answers",
     "closed": "closed masks do not give the answer on the corrupted prompt",
     "attention": "earlier tokens reach an MLP past the attention's projection",
-    "block": "the residual stream changes by more than the two projections write, as with a second MLP, other experts, a convolution or a scale",
+    "block": "the residual stream changes by more than the two projections write, as by a second MLP, experts or a scale",
     "head": "the attention's projection does not add up what its heads write",
     "neurons": "the MLP's projection does not add up what its neurons write",
     "experts": "the experts do not write what their neurons add up to",
@@ -760,7 +770,8 @@ def refusal(
 ):
     "What to say of a model that fails"
     sites, kind = find_sites(model), model.config.model_type
-    measured = "; ".join(f"{name} is off by {off:.2g} (allowed: {allowed:.2g}), {MEANING[name]}" for name, (off, allowed) in wrong.items())
+    measured = "; ".join(
+        f"{name} is off by {off:.2g} (allowed: {allowed:.2g}), {MEANING[name]}" for name, (off, allowed) in wrong.items())
     if [*wrong] == ["padded"]: return (
         f"{type(model).__name__} cannot be used in batches: {measured}. If it stands around another model, give the one inside, "
         "such as model.get_base_model()")
@@ -775,10 +786,11 @@ def failure(
     error,  # that it raised
 ):
     "What to say of a model that cannot be run"
-    sites, said = find_sites(model), next(filter(None, map(str.strip, str(error).splitlines())), "")
-    experts = f", and to call its experts, {sites.experts[-1]}, with what they read, their numbers and their weights" if any(sites.experts) else ""
-    return (f"{type(model).__name__} fails on two short prompts, tried before its first use: {type(error).__name__}: {said}. It has to answer "
-            f"model(input_ids=..., attention_mask=...) with .logits{experts}; otherwise it cannot be masked")
+    sites, message = find_sites(model), next(filter(None, map(str.strip, str(error).splitlines())), "")
+    experts = ", and to call its experts with what they read, their numbers and their weights" if any(sites.experts) else ""
+    return (
+        f"{type(model).__name__} fails on two short prompts, tried before its first use: {type(error).__name__}: {message}. "
+        f"It has to answer model(input_ids=..., attention_mask=...) with .logits{experts}; otherwise it cannot be masked")
 
 # %% ../nbs/04_streams.ipynb #ab64aece
 VERIFIED = WeakKeyDictionary()  # model -> the state in which it was last found in order

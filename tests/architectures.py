@@ -1,7 +1,9 @@
-"""A tiny model of every causal language model type in transformers, and what mgprune makes of it: python tests/architectures.py [type ...]
+"""A tiny model of every type of causal language model in transformers, and what mgprune makes of it.
 
-Whether the masks of an accepted model are exact is measured here by plain PyTorch hooks on whole sub-layers, which know nothing of
-the library's own check at first use.
+    python tests/architectures.py [type ...]
+
+Whether the masks of an accepted model are exact is measured here by plain PyTorch hooks on whole sub-layers, which know nothing
+of the library's own check at first use.
 """
 import inspect
 import logging
@@ -31,23 +33,25 @@ def all_called(value, names):
 
 
 # every name under which some configuration asks for a size; of these each type is given those that it knows
-GENERAL = SPECIAL | dict(max_position_embeddings=64, n_positions=64, is_decoder=True, rotary_dim=4, vocab_size_per_layer_input=VOCABULARY) | {
+OTHER = dict(max_position_embeddings=64, n_positions=64, is_decoder=True, rotary_dim=4, vocab_size_per_layer_input=VOCABULARY)
+GENERAL = SPECIAL | OTHER | {
     **all_called(N_LAYERS, "num_hidden_layers num_layers n_layer n_layers decoder_layers encoder_layers num_blocks"),
     **all_called(32, "hidden_size n_embd d_model dim_model embedding_size word_embed_proj_dim emb_dim embedding_dim"),
     **all_called(40, "intermediate_size intermediate_size_mlp ffn_dim decoder_ffn_dim encoder_ffn_dim dim_ff dff d_inner"),
     **all_called(4, "num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads"),
     **all_called(4, "num_experts num_local_experts n_routed_experts moe_num_experts"),
     **all_called(2, "num_experts_per_tok moe_k moe_topk"),
-    **all_called(16, "moe_intermediate_size moe_shared_expert_intermediate_size shared_expert_intermediate_size shared_intermediate_size"),
+    **all_called(16, "moe_intermediate_size moe_shared_expert_intermediate_size"),
+    **all_called(16, "shared_expert_intermediate_size shared_intermediate_size"),
     **all_called(1, "n_shared_experts moe_num_shared_experts num_shared_experts num_shared_expert n_group topk_group"),
     **all_called(0, "first_k_dense_replace num_dense_layers"),
 }
 GROUPED = all_called(2, "num_key_value_heads num_kv_heads")
 NARROW = GROUPED | dict(head_dim=8)
 LATENT = dict(q_lora_rank=8, kv_lora_rank=8, v_head_dim=8, qk_rope_head_dim=4, qk_nope_head_dim=4, num_key_value_heads=4)
-RECURRENT = dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, mamba_num_heads=4, mamba_head_dim=16, lru_width=32,
-                 state_size=8, attention_hidden_size=32, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
-                 linear_value_head_dim=8)
+RECURRENT = dict(mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, mamba_num_heads=4, mamba_head_dim=16,
+                 lru_width=32, state_size=8, attention_hidden_size=32, linear_num_key_heads=2, linear_key_head_dim=8,
+                 linear_value_head_dim=8, linear_num_value_heads=4)
 TRIED = [NARROW | LATENT | RECURRENT, NARROW | RECURRENT, GROUPED | RECURRENT, RECURRENT | dict(head_dim=8), RECURRENT,
          NARROW | dict(layer_types=["full_attention"] * N_LAYERS), NARROW | RECURRENT | dict(num_experts_per_tok=1),
          GROUPED | all_called(3, "num_hidden_layers"), {}]  # one after another, until a model can be built and run
@@ -55,8 +59,8 @@ TRIED = [NARROW | LATENT | RECURRENT, NARROW | RECURRENT, GROUPED | RECURRENT, R
 
 # --- building
 
-class TooLong(Exception):
-    "A model took longer than the time it was given"
+class TooLong(BaseException):
+    "A model took longer than the time it was given; no error of its own, which would be a verdict"
 
 
 @contextmanager
@@ -106,7 +110,7 @@ def build(kind):
         try:
             with time_limit(SECONDS): return built(small_config(kind, GENERAL | sizes)), ""
         except TooLong as e: return None, str(e)
-        except Exception as e: why = why or f"{type(e).__name__}: {first_words(e)}"  # whatever keeps a strange model from being built
+        except Exception as e: why = why or f"{type(e).__name__}: {first_words(e)}"  # whatever keeps it from being built
     return None, why
 
 
@@ -146,8 +150,9 @@ def closed_by_hand(model, batch, modules):
     def put(module, args, kwargs, result):
         new = added(module, args, kwargs, result)[1] + seen[module].pop(0)
         return new if torch.is_tensor(result) else type(result)([new, *result[1:]])
-    with hooks(*(m.register_forward_hook(keep, with_kwargs=True) for m in modules)): logits_at_all(model, batch.corrupt, batch)
-    with hooks(*(m.register_forward_hook(put, with_kwargs=True) for m in modules)): return logits_at_all(model, batch.clean, batch)
+    def at_each(f): return hooks(*(m.register_forward_hook(f, with_kwargs=True) for m in modules))
+    with at_each(keep): logits_at_all(model, batch.corrupt, batch)
+    with at_each(put): return logits_at_all(model, batch.clean, batch)
 
 
 def logits_at_all(model, ids, batch):
@@ -163,7 +168,8 @@ def slice_by_hand(model, sites, batch, i, part):
     def write(module, args):
         x = args[0].clone(); x[..., part] = seen[0][..., part]
         return (x, *args[1:])
-    with hooks(module.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))): logits_at_all(model, batch.corrupt, batch)
+    def keep(module, args): seen.append(args[0].clone())
+    with hooks(module.register_forward_pre_hook(keep)): logits_at_all(model, batch.corrupt, batch)
     with hooks(module.register_forward_pre_hook(write)): return logits_at_all(model, batch.clean, batch)
 
 
@@ -179,12 +185,12 @@ def measured(model):
         return SiteMasks(*both)
     def masked(*where):
         with interpolated(model, masks(*where), corrupt): return logits_at_all(model, batch.clean, batch)
-    full = answer_logits(model, batch.clean, batch.attention_mask)
+    full, other = (answer_logits(model, ids, batch.attention_mask) for ids in (batch.clean, batch.corrupt))
     def off(a, b): return ((a - b).abs().max() / full.abs().max()).item()
     alone = [model(input_ids=ids[None, n - m:], attention_mask=torch.ones(1, m).long(), use_cache=False).logits[0, -1]
              for ids, m in zip(batch.clean, LENGTHS)]
     found = dict(padded=off(full, torch.stack(alone)), open=off(circuit_logits(model, batch, masks(), corrupt), full),
-                 closed=off(circuit_logits(model, batch, masks(value=0.), corrupt), answer_logits(model, batch.corrupt, batch.attention_mask)))
+                 closed=off(circuit_logits(model, batch, masks(value=0.), corrupt), other))
     head = slice(sites.head_width, 2 * sites.head_width)
     for i in range(sites.n_layers):
         attention, rest = sub_layers(model, sites, i)
@@ -203,6 +209,7 @@ def verdict(kind):
     if model is None: return dict(type=kind, verdict="not built", why=why)
     try:
         with time_limit(2 * SECONDS): verify(model)
+    except TooLong as e: return dict(type=kind, verdict="not built", why=str(e))
     except InputError as e: return dict(type=kind, verdict="refused", why=first_words(e, 1000))
     except Exception as e: return dict(type=kind, verdict="crashed", why=f"{type(e).__name__}: {first_words(e)}")
     found = measured(model)
@@ -226,7 +233,8 @@ def in_short(row):
     "Why, without what every refusal says"
     off = re.findall(r"(\w+) is off by", row["why"])
     if off and row["verdict"] == "refused": return "measured: " + ", ".join(off)
-    found = re.search(r"do not show them: (.+?)\. If |tried before its first use: (.+?)\. It has|^(.+?): this model cannot", row["why"])
+    patterns = r"do not show them: (.+?)\. If ", r"tried before its first use: (.+?)\. It has", r"^(.+?): this model cannot"
+    found = re.search("|".join(patterns), row["why"])
     return next(filter(None, found.groups())) if found else row["why"]
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import linear, scaled_dot_product_attention
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers import (AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, T5Config,
+                          T5ForConditionalGeneration)
 
 from architectures import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, verdict
 from families import TINY, VOCABULARY, holds, pairs, short_search, tiny
@@ -108,7 +109,8 @@ class MadeUp(PreTrainedModel):
     def __init__(self, config, hidden=40, stage=Stage):
         super().__init__(config)
         self.words = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.stages = nn.ModuleList(stage(config.hidden_size, config.num_attention_heads, config.head_dim, hidden) for _ in range(config.num_hidden_layers))
+        sizes = config.hidden_size, config.num_attention_heads, config.head_dim, hidden
+        self.stages = nn.ModuleList(stage(*sizes) for _ in range(config.num_hidden_layers))
         self.out = nn.Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, input_ids, attention_mask):
