@@ -30,7 +30,7 @@ from .arguments import Count, InputError, as_path, checked, expect, fits, printa
 from .circuit import Circuit, check_sites, lowest
 from .files import write_file
 from .models import frozen, tokenizer_of, weight_of
-from .sites import find_sites
+from .sites import find_sites, module_at
 
 # %% ../nbs/12_plots.ipynb #87069b7f
 class Picture(Figure):
@@ -505,10 +505,10 @@ def written_logits(
     if wrong or not places: raise InputError(f"places={shown(wrong or places)}: expected {len(shape)} numbers each, below {shape}, and at least one place")
     names, width = (sites.mlp, sites.mlp_width) if level == "mlp_neuron" else (sites.attention, sites.head_width)
     index = [(p[0], p[-1] + (width * p[1] if len(p) == 3 else 0)) for p in places]
-    trunk = model.get_submodule(sites.mlp[0].split(".0.")[0].rpartition(".")[0])  # what holds the list of layers holds the final norm
+    trunk = module_at(model, sites.mlp[0].split(".0.")[0].rpartition(".")[0])  # what holds the list of layers holds the final norm
     norm = [m for m in trunk.children() if "norm" in type(m).__name__.lower()][-1]
     with torch.no_grad(), frozen(model):
-        directions = torch.stack([outgoing(model.get_submodule(names[layer]))[i] for layer, i in index])
+        directions = torch.stack([outgoing(module_at(model, names[layer]))[i] for layer, i in index])
         directions = directions * (sites.width ** .5 / directions.norm(dim=-1, keepdim=True).clamp(min=1e-12))
         both = norm(torch.stack([directions, torch.zeros_like(directions)]))  # the second is what norm and bias add by themselves
         logits = model.get_output_embeddings()(both).float()

@@ -14,7 +14,7 @@ from itertools import takewhile
 
 import torch
 
-from .models import InputError
+from .models import InputError, unwrapped
 
 # %% ../nbs/02_sites.ipynb #1e82d86a
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def family_by_shape(
         "its configuration does not say num_hidden_layers, hidden_size and num_attention_heads")
     widths = [w for w in (said(config, "head_dim"), said(config, "v_head_dim"), width // heads) if is_size(w)]
     all_heads, reasons = heads * next(iter(widths), 0), []
-    for name, layers in model.named_modules():
+    for name, layers in unwrapped(model).named_modules():
         if not isinstance(layers, torch.nn.ModuleList) or len(layers) != n: continue
         if re.search("vision|visual|audio|image", name) or not ends(layers[0], width): continue
         found = mixture_by_shape(layers, width, all_heads)
@@ -253,13 +253,12 @@ def module_at(
     needed=True,  # refuse a model that lacks it
 ):
     "The module of that name; None if it need not be there and is not"
-    try: return model.get_submodule(name)
+    try: return unwrapped(model).get_submodule(name)
     except AttributeError as e:
         if not needed: return None
-        inside = "give model.get_base_model(), which holds its adapters too" if hasattr(model, "get_base_model") else (
-            "it is not a whole causal language model, or its layers are of several kinds, or "
-            f"mgprune.sites.FAMILIES[{said(model.config, 'model_type')!r}] has to be corrected")
-        raise InputError(f"{type(model).__name__} lacks {name}, which its family names ({e}): {inside}") from e
+        raise InputError(
+            f"{type(model).__name__} lacks {name}, which its family names ({e}): it is not a whole causal language model, or its layers are "
+            f"of several kinds, or mgprune.sites.FAMILIES[{said(model.config, 'model_type')!r}] has to be corrected") from e
 
 # %% ../nbs/02_sites.ipynb #71808eca
 PARALLEL = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")  # how configurations say it

@@ -157,7 +157,7 @@ def at_attention(
     f,      # function of the site's input
 ):
     "Put a function at the attention site of a layer: the hooks that do it"
-    return [Hook(model.get_submodule(sites.attention[i]), lambda module, args: instead(args, f(args[0])))]
+    return [Hook(module_at(model, sites.attention[i]), lambda module, args: instead(args, f(args[0])))]
 
 def at_mlp(
     model,  # a Hugging Face causal language model
@@ -167,7 +167,7 @@ def at_mlp(
 ):
     "Put a function at the MLP site of a layer: the hooks that do it"
     if sites.experts and sites.experts[i]: return at_experts(model, sites, i, f)
-    return [Hook(model.get_submodule(sites.mlp[i]), lambda module, args: instead(args, f(args[0])))]
+    return [Hook(module_at(model, sites.mlp[i]), lambda module, args: instead(args, f(args[0])))]
 
 # %% ../nbs/04_streams.ipynb #89d84e54
 def at_output(
@@ -179,7 +179,7 @@ def at_output(
     "Put a function at the output of the MLP of a layer: the hooks that do it"
     name = sites.experts[i].rpartition(".")[0] if sites.experts and sites.experts[i] else sites.mlp[i]
     def after(module, args, result): return instead(result, f(result[0] if isinstance(result, tuple) else result))
-    return [Hook(model.get_submodule(name), after, after=True)]
+    return [Hook(module_at(model, name), after, after=True)]
 
 def layer_width(
     sites,  # from find_sites
@@ -238,7 +238,7 @@ def at_experts(
     f,      # function of Routed
 ):
     "Put a function at a layer's mixture of experts: the hooks that do it"
-    experts, seen = model.get_submodule(sites.experts[i]), {}
+    experts, seen = module_at(model, sites.experts[i]), {}
     def routing(module, args, kwargs):
         x, *decided = (t.flatten(0, -2) for t in (*args, *kwargs.values()))
         seen["routing"] = x, *sorted(decided, key=lambda t: t.is_floating_point())  # the experts, then their weights
@@ -254,9 +254,9 @@ def at_experts(
         seen.clear()
         return instead(result, new)
     found = [Hook(experts, routing, options=dict(with_kwargs=True)),
-             Hook(model.get_submodule(sites.experts[i].rpartition(".")[0]), after, after=True)]
+             Hook(module_at(model, sites.experts[i].rpartition(".")[0]), after, after=True)]
     if sites.mlp[i]:
-        found.append(Hook(model.get_submodule(sites.mlp[i]), shared))
+        found.append(Hook(module_at(model, sites.mlp[i]), shared))
         gated = module_at(model, sites.mlp[i].rpartition(".")[0] + "_gate", needed=False)
         if gated: found.append(Hook(gated, gate, after=True))
     return found
@@ -319,9 +319,9 @@ def written(
     mask,    # [MLP width of the layer], or one for each example, [examples, 1, MLP width]
 ):
     "What a layer's experts add to the residual stream, [examples, positions, width], with every neuron times its mask"
-    experts, f, total = model.get_submodule(sites.experts[i]), sites.expert_width, torch.zeros_like(routed.output)
+    experts, f, total = module_at(model, sites.experts[i]), sites.expert_width, torch.zeros_like(routed.output)
     if routed.shared is not None:
-        total = torch.nn.functional.linear(mask[..., sites.n_routed * f:] * routed.shared, model.get_submodule(sites.mlp[i]).weight)
+        total = torch.nn.functional.linear(mask[..., sites.n_routed * f:] * routed.shared, module_at(model, sites.mlp[i]).weight)
     places, added = [], []
     for e in routed.index.unique().tolist():
         _, down, _, bias = written_as(experts, e, total.shape[-1])
@@ -550,7 +550,7 @@ def without_parts(
 ):
     "What `run` returns, and for each projection what it writes without a part of its inputs, in two ways"
     dense = [name for i, name in enumerate(sites.mlp) if name and not (sites.experts and sites.experts[i])]
-    sizes = dict.fromkeys(sites.attention, sites.head_width) | {name: fan_in(model.get_submodule(name)) // 2 for name in dense}
+    sizes = dict.fromkeys(sites.attention, sites.head_width) | {name: fan_in(module_at(model, name)) // 2 for name in dense}
     seen = {}
     def try_part(name, n):
         def after(module, args, result):
@@ -558,7 +558,7 @@ def without_parts(
             part[..., :n] = args[0][..., :n]
             rest, alone, bias = module.forward(torch.cat([args[0] - part, part, nothing])).chunk(3)
             seen[name] = rest, result - (alone - bias)
-        return Hook(model.get_submodule(name), after, after=True)
+        return Hook(module_at(model, name), after, after=True)
     with placed([try_part(*pair) for pair in sizes.items()]): answer = run()
     return answer, [seen[name] for name in sites.attention], [seen[name] for name in dense]
 
@@ -585,7 +585,7 @@ def stages(
     run,    # function that runs the model once
 ):
     "What `run` returns, and for each layer what enters and leaves its norms and at last the layer itself, as pairs of tensors"
-    layers = [model.get_submodule(name) for name in sites.layers]
+    layers = [module_at(model, name) for name in sites.layers]
     seen, entered, left = [[] for _ in layers], {}, set()
     def watch(i, module):
         def before(module, args, kwargs): entered[module] = first_tensor(*args, *kwargs.values())
@@ -708,7 +708,7 @@ def differences(
         added = [(experts_sum(model, sites, i, r), r.output) for i, r in enumerate(corrupt.mlp) if isinstance(r, Routed)]
     step, repeat = max(step_of(full), step_of(heads[0][1])), 4 * apart(full, again)
     rounding = 2 * step ** .75
-    weight = getattr(model.get_submodule(sites.attention[0]), "weight", full)
+    weight = getattr(module_at(model, sites.attention[0]), "weight", full)
     if weight.dtype == torch.int8: step, rounding = 1 / 127, 2 / 127  # such a projection rounds what it reads to as many steps
     def alike(pairs): return worst([(apart(a, b), rounding * b.abs().max().item()) for a, b in pairs])
     found = dict(
@@ -747,7 +747,7 @@ def check_place(
     lacking = [name for name in ("dtype", "device", "get_submodule") if not hasattr(model, name)]
     if lacking: raise InputError(
         f"{type(model).__name__} has no {lacking[0]}: give the Hugging Face model itself, without what is around it")
-    experts = [p for path in filter(None, find_sites(model).experts or ()) for p in model.get_submodule(path).parameters()]
+    experts = [p for path in filter(None, find_sites(model).experts or ()) for p in module_at(model, path).parameters()]
     if model.device.type == "meta" or any(p.is_meta for p in experts): raise InputError(
         f"the first weights of {type(model).__name__}, or those of its routed experts, are on no device, where they have to be: "
         "load it with a device_map that gives them one, or in half precision")
