@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser():
     "The commands and their options"
-    top = Parser(prog="mgprune", description="Find the circuit behind a language model's behaviour.")
+    top = Parser(prog="mgprune", description="Find a circuit behind a language model's behaviour.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add, run, says in ((discover_options, run_discover, "find the circuit of a task"),
                            (sweep_options, run_sweep, "find circuits of many sizes with one search"),

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import re
+import subprocess
 import sys
 import tokenize
 from configparser import ConfigParser
@@ -192,6 +193,13 @@ def uncommented(named_lines, owner, comments):
     for name, line in named_lines:
         if line not in comments: yield line, f"{owner}: {name} has no comment"
         elif lines.count(line) > 1: yield line, f"{owner}: {name} shares its line, and so its comment"
+
+
+def test_imports_where_unix_modules_are_missing():
+    "On Windows there is no resource, fcntl or termios"
+    code = "import sys; sys.modules.update(resource=None, fcntl=None, termios=None, pwd=None); import mgprune, mgprune.cli"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
 
 
 # --- files that say the same thing
