@@ -17,6 +17,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, models as token_models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
+from .arguments import Count, Seed, checked
 from .models import EMBEDDED, InputError, tokenizer_of
 from .planted import AT, HEAD_WIDTH, HEADS, LAYERS, MLP_WIDTH, WIDTH, as_masks, basis, junk, true_nodes
 from .streams import prepare
@@ -39,8 +40,9 @@ class Program:
     examples: tuple  # token ids [examples, positions], and what the compiler's own model writes [examples, positions, output]
 
 # %% ../nbs/18_compiled.ipynb #c08716fc
+@checked
 def read_program(
-    name,  # one of PROGRAMS
+    name: str,  # one of PROGRAMS
 ):
     "A program that comes with the package"
     if name not in PROGRAMS: raise InputError(f"unknown program {name!r}: expected one of {', '.join(PROGRAMS)}")
@@ -277,10 +279,11 @@ class Compiled:
     truth: dict       # level -> boolean tensor of the program's nodes that matter in the task
     edges: list       # who reads whom, as (writer, reader)
 
+@checked
 def compiled_program(
-    name,       # one of PROGRAMS: "induction", "fraction", "count" or "brackets"
-    seed=0,     # of the places, the junk and the basis
-    pairs=64,   # of the task, in all of which each node is closed to find the truth
+    name: str,          # one of PROGRAMS: "induction", "fraction", "count" or "brackets"
+    seed: Seed = 0,     # of the places, the junk and the basis
+    pairs: Count = 64,  # of the task, in all of which each node is closed to find the truth
 ):
     "A stock GPT-2 that runs a compiled program, exactly, among junk"
     program = read_program(name)

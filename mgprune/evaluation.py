@@ -85,10 +85,11 @@ def holds(
     return True
 
 # %% ../nbs/09_evaluation.ipynb #012884c1
+@checked
 def cuts(
-    scores,  # level -> tensor [layers, ...]; higher is kept first
-    sites,   # from find_sites
-):
+    scores: Mapping,  # level -> tensor [layers, ...]; higher is kept first
+    sites: Sites,     # from find_sites
+) -> torch.Tensor:
     "All neurons' scores in one falling list: the threshold of the circuit with k neurons is entry k"
     scores = check_values(scores, sites, "scores")
     ranked = lowest({l: s for l, s in scores.items() if l != "mlp_output"}, sites).values()

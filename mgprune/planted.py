@@ -15,12 +15,14 @@ __all__ = ['NAMES', 'ROWS', 'COLUMNS', 'CODE', 'THRESHOLDS', 'TOKENIZER_SETTINGS
 import json, math, random
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Annotated
 
 import torch
 from tokenizers import Tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from . import tasks
+from .arguments import Count, Seed, at_least, checked
 from .circuit import Circuit, from_kept, lowest
 from .evaluation import evaluate
 from .masks import SiteMasks
@@ -425,14 +427,14 @@ def check(
     return m
 
 # %% ../nbs/14_planted.ipynb #e62edef8
+@checked
 def plant(
-    seed=0,     # of the places, the junk and the basis
-    leak=.01,   # noise on every weight, as a share of the spread of random weights; higher makes a search harder
-    pairs=192,  # of each task, to find and check the truth with
-    architecture="gpt2",  # "gpt2", or "llama": rotary positions, keys shared by groups of heads, neurons that are products
+    seed: Seed = 0,      # of the places, the junk and the basis
+    leak: Annotated[float, at_least(0)] = .01,  # noise on every weight, as a share of the spread of random weights; higher makes a search harder
+    pairs: Count = 192,  # of each task, to find and check the truth with
+    architecture: str = "gpt2",  # "gpt2", or "llama": rotary positions, keys shared by groups of heads, neurons that are products
 ):
     "A model with a known circuit for each built-in task"
-    if not 0 <= leak < math.inf: raise InputError(f"leak={leak}: expected a number from 0, such as 0.01")
     if architecture not in ARCHITECTURES: raise InputError(
         f"unknown architecture {architecture!r}: expected one of {', '.join(ARCHITECTURES)}")
     model, nodes = build(seed, leak, architecture)
@@ -464,10 +466,11 @@ def overlap(
     return dict(precision=hits / max(found, 1), recall=hits / max(true, 1), f1=2 * hits / max(found + true, 1))
 
 # %% ../nbs/14_planted.ipynb #4647e4f9
+@checked
 def score(
-    found,  # Circuit, or level -> scores [layers, ...], higher is more important
-    truth,  # level -> boolean tensor [layers, ...], one task's entry of the truth
-):
+    found: Circuit | dict[str, torch.Tensor],  # a circuit, or level -> scores [layers, ...], higher is more important
+    truth: dict[str, torch.Tensor],            # level -> boolean tensor [layers, ...], one task's entry of the truth
+) -> dict:
     "How well a circuit or a ranking agrees with the truth: level -> measure -> value"
     circuit = isinstance(found, Circuit)
     scores = dict(lowest(found.scores, found.sites) if circuit and found.scores else {} if circuit else found)

@@ -11,14 +11,17 @@ __all__ = ['LIMITED', 'HELD', 'MEASURED', 'COLUMNS', 'BARS', 'NAMES', 'LIVE', 'C
 # %% ../nbs/17_widgets.ipynb #466e59a1
 import html
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import ipywidgets as widgets
 import torch
 
+from .arguments import checked
 from .circuit import Circuit, check_model, from_kept, from_scores, lowest
 from .evaluation import cuts, on_device
 from .masks import LEVELS
-from .models import InputError, tokenizer_of
+from .models import InputError, Model, tokenizer_of
 from .objective import kl_divergence
 from .streams import all_masked_logits, prepare
 from .tasks import Pair, encode
@@ -367,12 +370,13 @@ def _repr_mimebundle_(self, **kwargs):
 Explorer.reset, Explorer.write, Explorer.frozen_html, Explorer._repr_mimebundle_ = reset, write, frozen_html, _repr_mimebundle_
 
 # %% ../nbs/17_widgets.ipynb #03426f23
+@checked
 def explore(
-    circuit,    # Circuit
-    model,      # the model that it belongs to
-    task,       # Task, whose test pairs are taken; a Pair, or a list of Pairs
-    path=None,  # where to save the edited circuit; None: "edited.json" in the current folder
-):
+    circuit: Circuit,  # a circuit
+    model: Model,      # the model that it belongs to
+    task: Any,         # Task, whose test pairs are taken; a Pair, or a list of Pairs
+    path: str | Path | None = None,  # where to save the edited circuit; None: "edited.json" in the current folder
+) -> Explorer:
     "Open a circuit beside its model and prompts, to change it by hand"
     check_model(circuit, model)
     pairs = [task] if isinstance(task, Pair) else getattr(task, "test", task)
