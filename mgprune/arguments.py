@@ -114,6 +114,7 @@ def in_words(
 ) -> str:
     "What the annotation asks for"
     kind, parts = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any: return "anything"
     if kind is Annotated:
         said = [part for part in parts[1:] if isinstance(part, str)]
         return said[0] if said else " ".join([in_words(parts[0]), *(part.words for part in parts[1:])])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from .arguments import InputError, as_path, checked, printable
+from .arguments import InputError, as_path, checked, printable, shown
 
 # %% ../nbs/01_files.ipynb #78b5c474
 def digest(
@@ -64,6 +64,7 @@ def _staged(files):
             _clear(target.parent)
             written[aside := _aside(target.parent)] = target
             _write_aside(aside, content)
+            if target.exists(): os.chmod(aside, target.stat().st_mode & 0o777)  # who may read it stays as it was
         yield lambda: [os.replace(*pair) for pair in written.items()]
     finally:
         for aside in written: aside.unlink(missing_ok=True)
@@ -72,8 +73,8 @@ def _staged(files):
 @contextmanager
 def _writing(path):
     try: yield
-    except OSError as e: raise InputError(
-        f"cannot write {str(path)!r}: {e.strerror or e}. Choose a place you may write to") from e
+    except (OSError, RecursionError) as e: raise InputError(
+        f"cannot write {shown(str(path))}: {getattr(e, 'strerror', None) or e}. Choose a place you may write to") from e
 
 @checked
 def write_file(

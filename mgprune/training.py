@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Positive', 'NotNegative', 'Inside', 'Rate', 'Task', 'Gate', 'Goal', 'Recipe', 'expected_size', 'threshold_at',
            'log_odds', 'within', 'Search', 'log_alpha', 'next_size', 'move_ends', 'step', 'ranking', 'run', 'learn',
-           'circuit_at', 'likely_threshold', 'discover', 'sweep', 'versions', 'peak_mb', 'check_task',
-           'check_tokenizer', 'check_pairs', 'check_circuit']
+           'circuit_at', 'likely_threshold', 'discover', 'sweep', 'versions', 'peak_mb', 'check_task', 'check_pairs',
+           'check_circuit']
 
 # %% ../nbs/10_training.ipynb #972e1f51
 import math, platform, sys, time, warnings
@@ -27,7 +27,7 @@ from .masks import DEFAULT_LEVELS, check_levels, level_shapes, site_masks
 from .models import InputError, Model, fingerprint, frozen
 from .objective import expected_open, is_right, kl_divergence, set_logits
 from .sites import find_sites
-from .streams import check_surroundings, masked_logits, prepare
+from .streams import check_surroundings, check_tokenizer, masked_logits, prepare
 
 # %% ../nbs/10_training.ipynb #dc31c1c1
 @dataclass(frozen=True)
@@ -399,15 +399,6 @@ def check_task(
         if wrong: warnings.warn(says)
 
 # %% ../nbs/10_training.ipynb #b3ee34f6
-def check_tokenizer(
-    model,  # a Hugging Face causal language model
-    task,   # Task
-):
-    "Refuse pairs that were read by another model's tokenizer"
-    theirs, ours = getattr(task, "tokenizer", None), getattr(model, "tokenizer", None)
-    if theirs is None or ours is None or theirs is ours or theirs.get_vocab() == ours.get_vocab(): return
-    raise InputError(f"task {printable(task.name)!r} was made with the tokenizer of another model: make it with this one")
-
 def check_pairs(
     name,     # of the task
     batches,  # its parts, each a Batch

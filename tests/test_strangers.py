@@ -1,12 +1,13 @@
 """Circuit files that somebody else wrote, with a digest that fits: the circuit that they say, or refused."""
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save
 
 from mgprune import Circuit
-from mgprune.circuit import FORMAT, as_text, digest, readable
+from mgprune.circuit import FORMAT, as_text, digest, from_scores, readable
 from mgprune.models import InputError
 from strangers import example, tally
 
@@ -34,3 +35,35 @@ def test_files_of_the_older_form_still_load(tmp_path):
 def test_what_is_no_circuit_is_refused(tmp_path, text):
     (tmp_path / "no.json").write_bytes(text)
     with pytest.raises(InputError): Circuit.load(tmp_path / "no.json")
+
+
+def test_save_refuses_what_load_would(tmp_path):
+    circuit = example()
+    for origin in (dict(task=5), dict(seed=1.), dict(pairs=64), dict(settings=None), dict(versions=dict(torch=2.1)), dict(seconds="12 s"), dict(task="\ud800"), {1: 2, "1": 3}):
+        with pytest.raises(InputError): replace(circuit, provenance=origin).save(tmp_path / "x")
+    unclosed = replace(circuit, kept=circuit.kept | dict(head=~circuit.kept["head"]))
+    with pytest.raises(InputError, match="not closed"): unclosed.save(tmp_path / "x")
+    assert not [*tmp_path.iterdir()]
+    circuit.provenance["metrics"]["per_pair"] = [.1, .2]
+    assert Circuit.load(circuit.save(tmp_path / "x")).provenance == circuit.provenance
+
+
+def test_save_replaces_only_a_circuits_file(tmp_path):
+    circuit = example()
+    for text in ("\n" * 300 + '{"my": "results"}', '{"of": {"format": "mgprune circuit 2"}}', "x"):
+        (tmp_path / "mine.json").write_text(text)
+        with pytest.raises(InputError, match="not a circuit"): circuit.save(tmp_path / "mine")
+        assert (tmp_path / "mine.json").read_text() == text
+    (tmp_path / "folder.json").mkdir()
+    for name in ("folder", "..", "", "a\0b", "a/" * 2000 + "b"):
+        with pytest.raises(InputError): circuit.save(tmp_path / name if name else name)
+    path = circuit.save(tmp_path / "own")
+    path.chmod(0o600)
+    assert circuit.save(path).stat().st_mode & 0o777 == 0o600
+
+
+def test_scores_that_share_their_memory(tmp_path):
+    circuit, same = example(), torch.rand(4)
+    two = from_scores({"block": same, "mlp": same}, circuit.sites, .5)
+    same.zero_()
+    assert two.scores["block"].any() and Circuit.load(two.save(tmp_path / "two")) == two

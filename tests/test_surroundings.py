@@ -1,4 +1,5 @@
 """What surrounds a search: switches of torch, threads, interrupts, circuits that are applied, pairs that tell nothing."""
+import copy
 import threading
 import warnings
 from dataclasses import replace
@@ -109,6 +110,93 @@ def test_another_threads_prompts_are_refused(model, task, circuit):
         thread = threading.Thread(target=other)
         thread.start(); thread.join()
     assert all("another thread" in s or "is applied" in s for s in said) and len(said) == 2
+
+
+def test_applied_is_in_evaluation_mode(task, circuit, logits):
+    noisy = load_model()
+    for module in noisy.modules():
+        if isinstance(module, torch.nn.Dropout): module.p = .5
+    noisy.train()
+    batch = task.batch("test")
+    with torch.no_grad(), circuit.applied(noisy, task): assert torch.equal(answer_logits(noisy, batch.clean, batch.attention_mask), logits)
+    assert noisy.training
+
+
+def test_applied_takes_a_mask_of_any_kind_and_refuses_what_alters_the_stream(model, task, circuit, logits):
+    batch = task.batch("test")
+    with torch.no_grad(), circuit.applied(model, task):
+        for mask in (batch.attention_mask * 2, batch.attention_mask.bool(), batch.attention_mask.float()):
+            assert torch.equal(model(batch.clean, attention_mask=mask).logits[:, -1], logits)
+        with pytest.raises(InputError, match="without token_type_ids"): model(batch.clean, attention_mask=batch.attention_mask, token_type_ids=torch.zeros_like(batch.clean))
+
+
+def test_a_copy_made_while_a_circuit_is_applied_is_the_plain_model(model, task, circuit):
+    batch = task.batch("test")
+    with torch.no_grad():
+        plain = answer_logits(model, batch.clean, batch.attention_mask)
+        with circuit.applied(model, task): twin = copy.deepcopy(model)
+        assert torch.equal(answer_logits(twin, batch.clean, batch.attention_mask), plain)
+
+
+def test_a_context_may_be_left_in_another_thread(model, task, circuit):
+    context = circuit.applied(model, task)
+    thread = threading.Thread(target=context.__enter__)
+    thread.start(); thread.join()
+    context.__exit__(None, None, None)
+    said = []
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: said.append(evaluate(model, circuit, task)))
+        thread.start(); thread.join()
+    assert said[0] == said[1] == evaluate(model, circuit, task)
+
+
+def test_a_hook_that_runs_the_model_is_refused(task, circuit):
+    model, running = load_model(), []
+    def again(module, args, result):
+        if not running:
+            running.append(1)
+            try: model(task.batch("test").corrupt[:2])
+            finally: running.clear()
+    handle = model.transformer.h[2].register_forward_hook(again)
+    with pytest.raises(InputError, match="take the hook off"): evaluate(model, circuit, task)
+    handle.remove()
+    assert evaluate(model, circuit, task)["kl"] > 0
+
+
+# --- pairs and examples
+
+def test_pairs_without_wrong_answers(model, task):
+    pairs = [dict(clean=p.clean, corrupt=p.corrupt, answer=p.answer) for p in task.train]
+    circuit = discover(model, tasks.from_pairs(model, pairs), keep=.3, recipe=QUICK, progress=False)
+    assert circuit.provenance["metrics"]["full_accuracy"] == 1
+
+
+def test_examples_of_other_weights_are_refused(task, circuit):
+    model = load_model()
+    examples = prepare(model, task.batch("test"))
+    assert evaluate(model, circuit, examples) == evaluate(model, circuit, task)
+    with torch.no_grad(): model.transformer.h[0].attn.c_proj.weight.mul_(2)
+    bare = replace(circuit, provenance={})
+    with pytest.raises(InputError, match="other weights"): evaluate(model, bare, examples)
+    with pytest.raises(InputError, match="other weights"): nap(model, examples)
+
+
+def test_every_use_refuses_a_task_of_another_tokenizer(model, task, circuit):
+    other = load_model().tokenizer
+    other.add_tokens(["another"])
+    foreign = replace(task, tokenizer=other)
+    for use in (lambda: evaluate(model, circuit, foreign), lambda: nap(model, foreign), lambda: circuit.applied(model, foreign).__enter__()):
+        with pytest.raises(InputError, match="tokenizer of another model"): use()
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda b: dict(answer=torch.cat([b.answer, b.answer], 1)), "names a token twice"), (lambda b: dict(wrong=b.answer), "names a token twice"),
+    (lambda b: dict(answer=torch.full_like(b.answer, -7)), "filled up with -1"), (lambda b: dict(answer=torch.cat([0 * b.answer - 1, b.answer], 1)), "filled up with -1"),
+    (lambda b: dict(answer=b.answer[1:]), "filled up with -1"), (lambda b: dict(clean=b.clean.float()), "whole numbers"), (lambda b: dict(clean=-1 - b.clean), "negative token"),
+    (lambda b: dict(attention_mask=b.attention_mask.index_fill(1, torch.tensor([3]), 0).bool()), "padded on the left")])
+def test_a_batch_made_by_hand_is_checked(model, task, change, says):
+    batch = task.batch("test")[:4]
+    with pytest.raises(InputError, match=says): prepare(model, replace(batch, **change(batch)))
 
 
 # --- interrupts
