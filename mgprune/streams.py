@@ -123,6 +123,7 @@ def take_off(
             del getattr(hook.module, kind)[key]
             for flag in ("_with_kwargs", "_always_called"): getattr(hook.module, kind + flag, {}).pop(key, None)
 
+# %% ../nbs/04_streams.ipynb #4c66d08e
 @contextmanager
 def placed(
     found,  # Hooks
