@@ -89,7 +89,7 @@ def test_nan_is_refused(task):
 
 def test_unknown_architecture(task):
     class Other(torch.nn.Module): pass
-    with pytest.raises(InputError, match="expected a Hugging Face causal language model, got Other"): discover(Other(), task)
+    with pytest.raises(InputError, match="Other has no config: hand over the Hugging Face model"): discover(Other(), task)
 
 
 def test_a_model_that_cannot_do_the_task(task):
