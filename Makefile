@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PACKAGING := settings.ini setup.py constraints.txt
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 # a hung notebook must not hang the tests; macOS has no `timeout`
-LIMIT := $(if $(shell command -v timeout),timeout 1200)
+LIMIT := $(if $(shell command -v timeout),timeout 2400)
 
 # the models are small: more threads than processes only get in each other's way
 export OMP_NUM_THREADS ?= 1

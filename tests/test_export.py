@@ -3,6 +3,7 @@ import base64
 import json
 import re
 import xml.etree.ElementTree as xml
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -321,8 +322,7 @@ def test_mib_edges_are_the_graphs_own(scored):
 
 
 def test_where_blocks_are_parallel_the_mlp_reads_no_head_of_its_layer(scored):
-    class Parallel(type(scored.sites)): parallel = True
-    circuit = Circuit(scored.kept, Parallel(**vars(scored.sites)))
+    circuit = Circuit(scored.kept, replace(scored.sites, parallel=True))
     graph = circuit.mib(edges=True)
     assert graph["cfg"]["parallel_attn_mlp"] and not scored.mib()["cfg"]["parallel_attn_mlp"]
     assert "a0.h1->m0" not in graph["edges"] and "a0.h1->m1" in graph["edges"] and "m0->a1.h0<q>" in graph["edges"]
