@@ -24,7 +24,7 @@ def main():
     model = GPT2LMHeadModel(GPT2Config()).eval()
     clean, corrupt = torch.randint(0, model.config.vocab_size, (2, PAIRS, TOKENS))
     answer = clean[:, :1]
-    batch = Batch(clean, corrupt, torch.ones_like(clean), answer, answer)
+    batch = Batch(clean, corrupt, torch.ones_like(clean), answer, answer[:, :0])
 
     def plain():
         inputs = model.transformer.wte(clean).detach().requires_grad_()
