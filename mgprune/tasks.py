@@ -861,7 +861,8 @@ def _csv_rows(text):
     first = re.search(r"[^\r\n]*\S[^\r\n]*", text)
     if not first: return
     rows = ((line, cells) for line, cells in _cells(text, _separator(first[0])) if any(map(str.strip, cells)))
-    line, header = next(rows)
+    line, header = next(rows, (1, None))
+    if header is None: return  # nothing but separators
     while not header[-1].strip(): header.pop()  # spreadsheets fill lines up
     try: columns = _columns(header)
     except InputError as e: raise InputError(f"line {line}: {e}") from e

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -792,6 +792,7 @@ def test_any_row_gives_a_result_or_a_refusal(model, rows, skip):
 
 @given(st.sampled_from([".csv", ".tsv", ".json", ".jsonl"]), st.one_of(st.binary(max_size=80), st.text(st.sampled_from('clean,corupt;answer\n\r\t "\'|[]{}:\\0'), max_size=80).map(
     lambda text: b"clean,corrupt,answer\n" + text.encode())))
+@example(".csv", b",")
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_file_gives_a_result_or_a_refusal(tmp_path, ending, content):
     path = tmp_path / f"a{ending}"
