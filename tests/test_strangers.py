@@ -1,14 +1,15 @@
 """Circuit files that somebody else wrote, with a digest that fits: the circuit that they say, or refused."""
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save
 
-from mgprune import Circuit
+from mgprune import Circuit, load_model
 from mgprune.circuit import FORMAT, as_text, digest, from_scores, readable
-from mgprune.models import InputError
+from mgprune.models import EMBEDDED, InputError
 from strangers import example, tally
 
 
@@ -67,3 +68,22 @@ def test_scores_that_share_their_memory(tmp_path):
     two = from_scores({"block": same, "mlp": same}, circuit.sites, .5)
     same.zero_()
     assert two.scores["block"].any() and Circuit.load(two.save(tmp_path / "two")) == two
+
+
+class Shout:
+    "Unpickled, it writes a file"
+    def __init__(self, path): self.path = str(path)
+    def __reduce__(self): return (open, (self.path, "w"))
+
+
+def test_a_checkpoints_pickle_and_code_are_not_run(tmp_path):
+    folder, heard = tmp_path / "model", tmp_path / "heard"
+    shutil.copytree(EMBEDDED, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"transformer.wte.weight": Shout(heard)}, folder / "pytorch_model.bin")
+    with pytest.raises(InputError): load_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(model_type="its_own", auto_map=dict(AutoConfig="code.C", AutoModelForCausalLM="code.M"))))
+    (folder / "code.py").write_text(f"open({str(heard)!r}, 'w')")
+    with pytest.raises(InputError): load_model(folder)
+    assert not heard.exists()
