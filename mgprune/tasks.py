@@ -26,7 +26,7 @@ import torch
 from .arguments import InputError, Must, Seed, as_path, between, check_fields, checked, expect, shown
 from .corruption import corruption_named
 from .models import tokenizer_of
-from .streams import Batch
+from .streams import Batch, vocabulary
 
 # %% ../nbs/06_tasks.ipynb #4c93d338
 _TEXT = Annotated[str, "a text that UTF-8 can write"]
@@ -153,9 +153,7 @@ def _longest(model):
     return min(tokenizer_of(model).model_max_length, places or tokenizer_of(model).model_max_length)
 
 def _embedded(model):
-    if not isinstance(model, torch.nn.Module): return math.inf  # a tokenizer does not know
-    rows = getattr(model.get_input_embeddings(), "num_embeddings", None) if hasattr(model, "get_input_embeddings") else None
-    return rows or getattr(getattr(model, "config", None), "vocab_size", None) or math.inf
+    return vocabulary(model) if isinstance(model, torch.nn.Module) else math.inf  # a tokenizer does not know
 
 # %% ../nbs/06_tasks.ipynb #027b6568
 def _beyond(ids, text, embedded):

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['Positive', 'NotNegative', 'Inside', 'Rate', 'Task', 'Gate', 'Goal', 'Recipe', 'expected_size', 'threshold_at',
            'log_odds', 'within', 'Search', 'log_alpha', 'next_size', 'move_ends', 'step', 'ranking', 'run', 'learn',
-           'circuit_at', 'likely_threshold', 'discover', 'sweep', 'versions', 'peak_mb', 'check_task', 'check_pairs',
-           'check_circuit']
+           'circuit_at', 'likely_threshold', 'discover', 'sweep', 'versions', 'peak_mb', 'check_task', 'check_circuit']
 
 # %% ../nbs/10_training.ipynb #972e1f51
 import math, platform, sys, time, warnings
@@ -267,7 +266,6 @@ def learn(
     levels, output = tuple(level_shapes(find_sites(model), levels)), "mlp_output" in levels  # refuses a model that cannot be searched
     check_tokenizer(model, task)
     pairs = {split: task.batch(split) for split in ("train", "valid", "test")}
-    check_pairs(task.name, pairs.values())
     once = {} if len(goal.shares) > 1 else dict(memory=0)  # the recorded stream only pays where several circuits are measured
     test = prepare(model, pairs["test"], output, **once)
     check_task(task, test, goal, progress)
@@ -397,22 +395,6 @@ def check_task(
          "Choose a corruption that changes the answer, or a smaller kl"),
     ):
         if wrong: warnings.warn(says)
-
-# %% ../nbs/10_training.ipynb #b3ee34f6
-def check_pairs(
-    name,     # of the task
-    batches,  # its parts, each a Batch
-):
-    "Warn about pairs that cannot tell anything"
-    same = sum(int((b.clean == b.corrupt).all(-1).sum()) for b in batches)
-    total = sum(map(len, batches))
-    if same: warnings.warn(
-        f"task {printable(name)!r}: in {same} of {total} pairs the two prompts are the same, so every circuit equals the full model on them. Leave them out")
-    def twice(b, start): return (b.clean.gather(1, start) == b.clean.gather(1, start + 1)) & (start + 1 < b.clean.shape[1] - 1)
-    doubled = [twice(b, b.attention_mask.argmax(-1, keepdim=True).clamp(max=b.clean.shape[1] - 2)) for b in batches if b.clean.shape[1] > 1]
-    if doubled and torch.cat(doubled).all(): warnings.warn(
-        f"task {printable(name)!r}: every prompt begins with the same token twice, as where a text holds the start token that the tokenizer puts there "
-        "too. Leave it out of the text")
 
 # %% ../nbs/10_training.ipynb #6af4d541
 def check_circuit(
