@@ -68,7 +68,8 @@ class Circuit(Extended):
 
     def __eq__(self, other):
         if not isinstance(other, Circuit): return NotImplemented
-        return self.sites == other.sites and self.kept.keys() == other.kept.keys() and all(torch.equal(k, other.kept[l]) for l, k in self.kept.items())
+        if self.sites != other.sites or self.kept.keys() != other.kept.keys(): return False
+        return all(torch.equal(k, other.kept[l]) for l, k in self.kept.items())
 
     __hash__ = None
 
@@ -262,7 +263,8 @@ def check_model(
     "Refuse a model whose weights are not those that the circuit was found on; warn if the circuit does not say which these are"
     wanted, given = circuit.provenance.get("fingerprint"), fingerprint(model)
     if wanted and wanted != given: raise InputError(
-        f"this circuit belongs to {shown(circuit.provenance.get('model'))} with fingerprint {printable(wanted)}; the given model's is {given}. "
+        f"this circuit belongs to {shown(circuit.provenance.get('model'))} with fingerprint {printable(wanted)}; the given "
+        f"model's is {given}. "
         "Load the model that it was found on, with the same dtype and the same adapters switched on")
     check_sites(circuit, model)
 
@@ -325,7 +327,8 @@ def read_json(
     except OSError as e: raise InputError(f"cannot read the circuit {str(path)!r}: {e.strerror}") from e
     except UnicodeDecodeError as e: raise InputError(f"{str(path)!r} is not a circuit: it is not UTF-8 text") from e
     try: data = json.loads(text)
-    except (ValueError, RecursionError) as e: raise InputError(f"{str(path)!r} is not whole JSON: {str(e)[:100]}. Save the circuit again") from e
+    except (ValueError, RecursionError) as e: raise InputError(
+        f"{str(path)!r} is not whole JSON: {str(e)[:100]}. Save the circuit again") from e
     formats = FORMAT, "mgprune circuit 1"  # the older one keeps its tensors in a file beside it
     if not isinstance(data, dict) or data.get("format") not in formats: raise InputError(
         f"{str(path)!r} is not a circuit: expected a file written by save, of format {FORMAT!r}")
@@ -342,7 +345,8 @@ def read_json(
     return data, arrays
 
 # %% ../nbs/08_circuit.ipynb #4586fd2d
-Names, Sizes, Number = list[str | None], list[Annotated[int, between(0, 2 ** 24)]], Annotated[Any, Must(lambda v: isinstance(v, (int, float)), "")]
+Names, Sizes = list[str | None], list[Annotated[int, between(0, 2 ** 24)]]
+Number = Annotated[Any, Must(lambda v: isinstance(v, (int, float)), ""), "a number"]
 SITES = {  # of a file: field -> what it has to be
     **dict.fromkeys(("attention", "mlp", "experts"), Names), "dense": Sizes, "parallel": bool,
     **dict.fromkeys(("n_heads", "head_width", "mlp_width", "width", "n_groups"), Annotated[int, between(1, 2 ** 24)]),
@@ -362,8 +366,13 @@ def sites_of(
     layers = {s.n_layers, len(s.mlp), len(s.dense or s.mlp), len(s.experts or s.mlp)}
     routed = [bool(e) * s.n_routed * s.expert_width for e in s.experts or s.mlp if s.experts] or [0] * s.n_layers
     whole = [d + r for d, r in zip(s.dense, routed)] if s.dense else [s.mlp_width]
-    if len(layers) > 1 or not s.n_layers or None in s.attention or s.n_heads % s.n_groups or max(whole) != s.mlp_width or s.n_layers * s.mlp_width > MOST or (
-        s.experts and not s.dense) or s.n_layers * s.width > LARGEST: raise InputError("sites: these numbers do not fit together in any model")
+    for wrong, says in (
+        (len(layers) > 1 or not s.n_layers or None in s.attention, "attention, mlp, dense and experts: expected an entry for each layer"),
+        (s.n_heads % s.n_groups, "n_heads: expected as many heads in each of n_groups"),
+        (max(whole) != s.mlp_width or s.experts and not s.dense, "mlp_width: expected the neurons of the widest layer, with those of its experts"),
+        (s.n_layers * s.mlp_width > MOST or s.n_layers * s.width > LARGEST, "n_layers, mlp_width and width: no model is as large as they say"),
+    ):
+        if wrong: raise InputError(f"sites: {says}")
     return s
 
 # %% ../nbs/08_circuit.ipynb #5fcdfdb4
@@ -442,7 +451,8 @@ def load(
     if model is not None:
         check_model(circuit, model)
         if not circuit.provenance.get("fingerprint"): warnings.warn(
-            f"the circuit {str(path)!r} does not say which weights it was found on: only the model's shape was compared", stacklevel=3)
+            f"the circuit {str(path)!r} does not say which weights it was found on: only the model's shape was "
+            f"compared", stacklevel=3)
     return circuit
 
 Circuit.save, Circuit.load = save, staticmethod(load)

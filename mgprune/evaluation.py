@@ -28,7 +28,8 @@ def measures(
 ):
     "Averages over the examples, by name; those that begin with full_ or closed_ are the untouched model's on clean and corrupted prompts"
     def average(values): return values.float().mean().item()
-    if examples.closed is None: raise InputError("these Examples lack the answers on the corrupted prompts: prepare them with closed=True")
+    if examples.closed is None: raise InputError(
+        "these Examples lack the answers on the corrupted prompts: prepare them with closed=True")
     batch, full, closed = examples.batch, examples.full, examples.closed
     result = dict(kl=average(kl_divergence(full, logits)), closed_kl=average(kl_divergence(full, closed)),
                   exact_match=average(logits.argmax(-1) == full.argmax(-1)))

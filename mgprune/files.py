@@ -109,12 +109,14 @@ def check_folder(
     target, here = check_place(path), Path.cwd()
     if target == here or target in here.parents: raise InputError(
         f"{str(path)!r} is the folder you work in, or holds it, and is replaced as a whole: choose a folder within it")
-    if os.path.ismount(target): raise InputError(f"{str(path)!r} is a disk of its own, which cannot be replaced: choose a folder within it")
+    if os.path.ismount(target): raise InputError(
+        f"{str(path)!r} is a disk of its own, which cannot be replaced: choose a folder within it")
     if not target.exists(): return target
     if not target.is_dir(): raise InputError(f"{str(path)!r} is a file: expected the name of a folder")
     found = sorted(map(repr, foreign(target)))
     if found: raise InputError(
-        f"{str(path)!r} exists already and holds {', '.join(found[:3])}{f' and {len(found) - 3} more' if len(found) > 3 else ''}: nothing was "
+        f"{str(path)!r} exists already and holds "
+        f"{', '.join(found[:3])}{f' and {len(found) - 3} more' if len(found) > 3 else ''}: nothing was "
         "written. Choose a new folder, or move what you want to keep and remove the rest")
     return target
 

@@ -61,7 +61,8 @@ def check_values(
         v = values[level]
         what = f"{name}[{level!r}]"
         if not torch.is_tensor(v) or tuple(v.shape) != shape: raise InputError(
-            f"{what} is {f'of shape {tuple(v.shape)}' if torch.is_tensor(v) else shown(v)}: expected a tensor of shape {shape} for this model")
+            f"{what} is {f'of shape {tuple(v.shape)}' if torch.is_tensor(v) else shown(v)}: expected a tensor of shape "
+            f"{shape} for this model")
         if (v.dtype == torch.bool) != boolean or v.is_complex(): raise InputError(
             f"{what} has numbers of type {v.dtype}: expected {'True and False (torch.bool)' if boolean else 'real numbers'}")
         if v.is_floating_point() and v.isnan().any(): raise InputError(f"{what} holds NaN: expected numbers that can be ranked")

@@ -89,7 +89,8 @@ def open_checkpoint(
         source, dtype=dtype, device_map=spread, trust_remote_code=False, output_loading_info=True)
     except Exception as e: raise InputError(
         f"no causal language model could be loaded from {name!r}: expected 'embedded', 'smollm2', a hub name or a "
-        f"folder written by save_pretrained. {(str(e).splitlines() or [type(e).__name__])[0]}. A model that needs code of its own, "
+        f"folder written by save_pretrained. {(str(e).splitlines() or [type(e).__name__])[0]}. A model that needs code of "
+        f"its own, "
         "or files of another kind, can be loaded in your own words and handed over: load_model(model)") from e
     lacking = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if lacking: raise InputError(
@@ -153,7 +154,8 @@ def claimed(
     "Within the context no other thread works with the model; refused while a circuit is applied to it"
     inside, use = unwrapped(model), [threading.get_ident()]
     if inside in APPLIED: raise InputError(
-        "a circuit is applied to this model, so what it answers now is the circuit's: leave the `with circuit.applied(...)` block first")
+        "a circuit is applied to this model, so what it answers now is the circuit's: leave the `with "
+        "circuit.applied(...)` block first")
     uses = IN_USE.setdefault(inside, [])
     def release(): uses[:] = [u for u in uses if u is not use]
     try:
@@ -174,7 +176,8 @@ def frozen(
     parameters: bool = True,  # False leaves them as they are, and only goes into evaluation mode
 ):
     "Within the context: evaluation mode, and no parameter asks for a gradient; afterwards as before"
-    if torch.is_inference_mode_enabled(): raise InputError("torch.inference_mode is on, which keeps no gradients: leave it, or use torch.no_grad")
+    if torch.is_inference_mode_enabled(): raise InputError(
+        "torch.inference_mode is on, which keeps no gradients: leave it, or use torch.no_grad")
     training = [(m, m.training) for m in model.modules()]
     wanted = [p for p in model.parameters() if p.requires_grad and parameters]
     def restore():
@@ -198,7 +201,8 @@ def weight_of(
     weight = getattr(module, name)
     if not weight.is_meta: return weight.detach()
     elsewhere = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
-    if elsewhere is None: raise InputError(f"the weights of {type(module).__name__} were never loaded: use from_pretrained, or load_model")
+    if elsewhere is None: raise InputError(
+        f"the weights of {type(module).__name__} were never loaded: use from_pretrained, or load_model")
     return elsewhere[name]
 
 def as_bytes(

@@ -17,7 +17,8 @@ def kl_divergence(
 ):
     "KL(full || circuit) of each example, in nats"
     if full.shape != logits.shape: raise InputError(
-        f"answers of shape {tuple(full.shape)} and of shape {tuple(logits.shape)}, [examples, vocabulary]: these pairs were prepared on another model")
+        f"answers of shape {tuple(full.shape)} and of shape {tuple(logits.shape)}, [examples, vocabulary]: these pairs "
+        f"were prepared on another model")
     return (full.exp() * (full - logits.float().log_softmax(-1))).sum(-1)
 
 # %% ../nbs/07_objective.ipynb #7e8cc048

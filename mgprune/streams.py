@@ -152,7 +152,8 @@ def once_at_a_time(
     runs = []
     def before(module, args):
         runs.append(module)
-        if len(runs) > 1: raise InputError("a hook on this model runs it within its own forward pass, where its values cannot be told apart: take the hook off")
+        if len(runs) > 1: raise InputError(
+            "a hook on this model runs it within its own forward pass, where its values cannot be told apart: take the hook off")
     def after(module, args, result): runs.clear()
     return [Hook(unwrapped(model), before), Hook(unwrapped(model), after, after=True, options=dict(always_call=True))]
 
@@ -259,7 +260,8 @@ def at_experts(
     def shared(module, args): seen["shared"] = args[0]
     def gate(module, args, result): seen["gate"] = result.sigmoid()
     def after(module, args, result):
-        if "routing" not in seen: raise InputError(f"{sites.experts[i]} is not called: turn fused kernels off when you load the model")
+        if "routing" not in seen: raise InputError(
+            f"{sites.experts[i]} is not called: turn fused kernels off when you load the model")
         output = result[0] if isinstance(result, tuple) else result
         def shaped(t): return t.reshape(*output.shape[:2], *t.shape[1:])
         always = None
@@ -320,7 +322,8 @@ def record_once(
     with placed(once_at_a_time(model) + found): logits = answer_logits(model, ids, attention_mask)
     attention, mlp, added = (tuple(x[i] for i in sorted(x)) for x in seen.values())
     if len(attention) < sites.n_layers or len(mlp) < sites.n_layers: raise InputError(
-        f"{type(model).__name__} computes its layers without calling the modules {sites.attention[0]} and {sites.mlp[0] or sites.experts[0]}, "
+        f"{type(model).__name__} computes its layers without calling the modules {sites.attention[0]} and "
+        f"{sites.mlp[0] or sites.experts[0]}, "
         "so their inputs cannot be masked: turn fused kernels off when you load it")
     return Recording(attention, mlp, added if output else None, logits)
 
@@ -383,8 +386,10 @@ def mix(
     "The clean value where the mask is 1, the corrupted one where it is 0"
     shaped = clean.reshape(corrupt.shape) if clean.numel() == corrupt.numel() else clean
     constant = corrupt.numel() == corrupt.shape[-1] == clean.shape[-1]
-    if not constant and (shaped.dim() != corrupt.dim() or any(n not in (m, 1) for n, m in zip(corrupt.shape, shaped.shape))): raise InputError(
-        f"values of shape {tuple(clean.shape)} meet a recording of shape {tuple(corrupt.shape)}: run the very prompts that were recorded")
+    alike = shaped.dim() == corrupt.dim() and all(n in (m, 1) for n, m in zip(corrupt.shape, shaped.shape))
+    if not (constant or alike): raise InputError(
+        f"values of shape {tuple(clean.shape)} meet a recording of shape {tuple(corrupt.shape)}: "
+        "run the very prompts that were recorded")
     return torch.lerp(corrupt.to(clean.device), shaped, mask.to(clean)).reshape(clean.shape)
 
 @contextmanager
@@ -421,7 +426,8 @@ def circuit_logits(
     with interpolated(model, masks, corrupt): return answer_logits(model, batch.clean, batch.attention_mask)
 
 # %% ../nbs/04_streams.ipynb #714108bd
-PLAIN = ("input_ids", "attention_mask", "position_ids", "cache_position", "labels", "logits_to_keep")  # tensors that tell which prompts, or only what to return
+# tensors that tell which prompts are run, or only what to return
+PLAIN = ("input_ids", "attention_mask", "position_ids", "cache_position", "labels", "logits_to_keep")
 
 def asked(
     call,  # inspect.BoundArguments of its forward pass
@@ -430,9 +436,11 @@ def asked(
     ids, mask, cache = (call.arguments.get(name) for name in ("input_ids", "attention_mask", "past_key_values"))
     alters = [name for name, value in call.arguments.items() if torch.is_tensor(value) and name not in PLAIN]
     if alters: raise InputError(f"the prompts were recorded without {', '.join(alters)}: leave it out")
-    if ids is None or not len(ids): raise InputError("this circuit is applied to recorded prompts: pass their token ids as input_ids, not embeddings")
+    if ids is None or not len(ids): raise InputError(
+        "this circuit is applied to recorded prompts: pass their token ids as input_ids, not embeddings")
     if cache is not None and (not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0): raise InputError(
-        "this circuit is applied to recorded prompts only, and a text that goes on is another prompt: ask for one token at a time "
+        "this circuit is applied to recorded prompts only, and a text that goes on is another prompt: ask for one token at "
+        "a time "
         "(max_new_tokens=1), or make a pair of the longer prompt")
     if mask is None: mask = torch.ones_like(ids)
     if not torch.is_tensor(mask) or mask.shape != ids.shape: raise InputError(
@@ -471,7 +479,8 @@ class Recorded:
 
     def __call__(self):
         if self.now is None: raise InputError(
-            f"only a part of {type(unwrapped(self.model)).__name__} was run, or run again for its gradient, so its prompts are not known: "
+            f"only a part of {type(unwrapped(self.model)).__name__} was run, or run again for its gradient, so its prompts "
+            f"are not known: "
             "run the whole model, without gradient checkpointing")
         return self.now
 
@@ -518,9 +527,11 @@ def recorded_prompts(
     inside, recorded = unwrapped(model), Recorded(model, batch, corrupt)
     adapters = adapters_on(model)
     def outside(module, args, named):
-        if named.get("adapter_names") is not None: raise InputError("the prompts were recorded with the adapters that were on: leave out adapter_names")
+        if named.get("adapter_names") is not None: raise InputError(
+            "the prompts were recorded with the adapters that were on: leave out adapter_names")
     def before(module, args, named):
-        if adapters_on(model) != adapters: raise InputError("other adapters are on than when the prompts were recorded: switch them back")
+        if adapters_on(model) != adapters: raise InputError(
+            "other adapters are on than when the prompts were recorded: switch them back")
         call = inspect.signature(module.forward).bind(*args, **named)
         ids, mask = asked(call)
         call.arguments["attention_mask"] = mask
@@ -530,8 +541,8 @@ def recorded_prompts(
         return call.args, call.kwargs
     def after(module, args, result): recorded.now = None
     around = [Hook(model, outside, options=dict(with_kwargs=True))] if model is not inside else []
-    with placed([*around, Hook(inside, before, options=dict(with_kwargs=True)), Hook(inside, after, True, dict(always_call=True))]):
-        yield recorded
+    own = [Hook(inside, before, options=dict(with_kwargs=True)), Hook(inside, after, after=True, options=dict(always_call=True))]
+    with placed(around + own): yield recorded
 
 # %% ../nbs/04_streams.ipynb #da8b2713
 def short_pairs(
@@ -903,13 +914,17 @@ def check_surroundings(
     config = getattr(model, "active_peft_config", None)
     for wrong, says in (
         (hasattr(model, "_orig_mod"), "this model is compiled: hand over what was compiled (model._orig_mod)"),
-        (any(m._compiled_call_impl is not None for m in model.modules()), "this model was compiled in place, which leaves its hooks out: load it again"),
-        (not hasattr(model, "config"), f"{type(model).__name__} has no config: hand over the Hugging Face model inside it (such as model.module)"),
+        (any(m._compiled_call_impl is not None for m in model.modules()),
+         "this model was compiled in place, which leaves its hooks out: load it again"),
+        (not hasattr(model, "config"),
+         f"{type(model).__name__} has no config: hand over the Hugging Face model inside it (such as model.module)"),
         (any("quantized" in k and k.startswith("torch.ao") for k in kinds),
          "torch's dynamic quantisation keeps no gradient: hand over the model that was quantised, or quantise with bitsandbytes"),
         (getattr(config, "is_prompt_learning", False),
-         "prompt tuning puts tokens of its own before every prompt, for which there is no site: use an adapter of another kind, such as LoRA"),
-        (any(p.is_inference() for p in model.parameters()), "this model was made in torch.inference_mode, which keeps no gradients: load it outside"),
+         "prompt tuning puts tokens of its own before every prompt, for which there is no site: use an adapter of another "
+         "kind, such as LoRA"),
+        (any(p.is_inference() for p in model.parameters()),
+         "this model was made in torch.inference_mode, which keeps no gradients: load it outside"),
     ):
         if wrong: raise InputError(says)
 
@@ -926,12 +941,14 @@ def check_answers(
 ):
     "Refuse answers that are counted twice, are right and wrong, or stand behind the -1 that fills a row"
     for name, ids in (("answer", batch.answer), ("wrong", batch.wrong)):
-        if ids.dim() != 2 or len(ids) != len(batch) or (ids < -1).any() or (ids.sign().diff(dim=-1) > 0)[ids[:, :-1] < 0].any(): raise InputError(
+        whole = ids.dim() == 2 and len(ids) == len(batch) and bool((ids >= -1).all())
+        if not whole or ((ids[:, :-1] < 0) & (ids[:, 1:] >= 0)).any(): raise InputError(
             f"{name} of shape {tuple(ids.shape)}: expected token ids, [pairs, most of a pair], filled up with -1 at the end")
     both = torch.cat([batch.answer, batch.wrong], 1)
     same = (both[:, :, None] == both[:, None]) & (both >= 0)[:, None]
     if (same.sum(-1) > 1).any(): raise InputError(
-        f"pair {(same.sum(-1) > 1).any(-1).nonzero()[0].item()} names a token twice among its answers and wrong answers: expected each once")
+        f"pair {(same.sum(-1) > 1).any(-1).nonzero()[0].item()} names a token twice among its answers and wrong answers: "
+        f"expected each once")
 
 # %% ../nbs/04_streams.ipynb #4ec3f1ce
 def check_batch(
@@ -939,21 +956,27 @@ def check_batch(
     batch,  # Batch of pairs
 ):
     "The batch on the model's device, with padding that the model knows; one that is not a batch of pairs is refused"
-    if not isinstance(batch, Batch): raise InputError(f"expected a Batch of pairs, as task.batch('test') and tasks.encode make it, got a {type(batch).__name__}")
+    if not isinstance(batch, Batch): raise InputError(
+        f"expected a Batch of pairs, as task.batch('test') and tasks.encode make it, got a {type(batch).__name__}")
     if not len(batch): raise InputError("a batch without pairs; expected at least one")
     if not batch.clean.shape == batch.corrupt.shape == batch.attention_mask.shape: raise InputError(
-        f"clean {tuple(batch.clean.shape)}, corrupt {tuple(batch.corrupt.shape)}, attention_mask {tuple(batch.attention_mask.shape)}: "
+        f"clean {tuple(batch.clean.shape)}, corrupt {tuple(batch.corrupt.shape)}, attention_mask "
+        f"{tuple(batch.attention_mask.shape)}: "
         "expected one shape, [pairs, positions]")
-    if any(t.is_floating_point() for t in (batch.clean, batch.corrupt, batch.answer, batch.wrong)): raise InputError("expected token ids that are whole numbers")
+    if any(t.is_floating_point() for t in (batch.clean, batch.corrupt, batch.answer, batch.wrong)): raise InputError(
+        "expected token ids that are whole numbers")
     mask, known = (batch.attention_mask != 0).long(), vocabulary(model)
     if not mask[:, -1].all() or (mask.diff(dim=-1) < 0).any(): raise InputError("expected prompts that are padded on the left")
     check_answers(batch)
     ids = [t.where(mask > 0, 0) for t in (batch.clean, batch.corrupt)]
-    if min(t.min().item() for t in ids) < 0: raise InputError("a negative token id in a prompt: expected ids of the model's tokenizer")
+    if min(t.min().item() for t in ids) < 0: raise InputError(
+        "a negative token id in a prompt: expected ids of the model's tokenizer")
     highest = max(t.max().item() for t in (*ids, batch.answer, batch.wrong) if t.numel())
     if highest >= known: raise InputError(
-        f"token {highest} for a model that knows {known}: its tokenizer has more tokens than the model, use model.resize_token_embeddings or the model's own tokenizer")
-    def padded(ids): return ids if 0 <= ids.min() and ids.max() < known else ids.where(mask > 0, 0)  # a padding token that only the tokenizer has
+        f"token {highest} for a model that knows {known}: its tokenizer has more tokens than the model, use "
+        f"model.resize_token_embeddings or the model's own tokenizer")
+    def padded(ids):  # a padding token may be one that only the tokenizer has
+        return ids if 0 <= ids.min() and ids.max() < known else ids.where(mask > 0, 0)
     return replace(batch, clean=padded(batch.clean), corrupt=padded(batch.corrupt), attention_mask=mask).to(model.device)
 
 # %% ../nbs/04_streams.ipynb #fd0b8983
@@ -980,7 +1003,8 @@ def prepare(
             r = record(model, part.corrupt, part.attention_mask, output)
             answers.append(r.logits.float().log_softmax(-1))
             if keep: recordings.append(r)
-    return Examples(batch, torch.cat(full), torch.cat(answers) if answers else None, join(recordings) if keep else None, fingerprint(model))
+    closed, corrupt = torch.cat(answers) if answers else None, join(recordings) if keep else None
+    return Examples(batch, torch.cat(full), closed, corrupt, fingerprint(model))
 
 # %% ../nbs/04_streams.ipynb #5d0ab845
 def masked_logits(
@@ -1016,7 +1040,8 @@ def check_tokenizer(
     "Refuse pairs that were read by another model's tokenizer"
     theirs, ours = getattr(task, "tokenizer", None), getattr(model, "tokenizer", None)
     if theirs is None or ours is None or theirs is ours or theirs.get_vocab() == ours.get_vocab(): return
-    raise InputError(f"task {shown(getattr(task, 'name', ''))} was made with the tokenizer of another model: make it with this one")
+    raise InputError(
+        f"task {shown(getattr(task, 'name', ''))} was made with the tokenizer of another model: make it with this one")
 
 def examples_of(
     model,  # a Hugging Face causal language model

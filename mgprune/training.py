@@ -47,7 +47,8 @@ class Goal:
         if self.penalties is not None: expect(self.penalties, "penalties", dict)
         for level, price in (self.penalties or {}).items():
             check_levels(level)
-            if not (number(price) and price >= 0): raise InputError(f"penalties[{level!r}]={shown(price)}: expected a price of 0 or more")
+            if not (number(price) and price >= 0): raise InputError(
+                f"penalties[{level!r}]={shown(price)}: expected a price of 0 or more")
 
     @property
     def shares(self):
@@ -383,15 +384,22 @@ def check_task(
     first = average((full.argmax(-1, keepdim=True) == batch.answer).any(-1))
     closed = average(kl_divergence(full, examples.closed))
     if say: print(
-        f"{printable(task.name)}: the full model is right on {accuracy:.1%} of {len(examples)} held-out pairs; right answers have probability "
-        f"{probability:.2g} and are the likeliest token on {first:.1%}; on corrupt prompts it is right on {corrupted:.1%}, with KL {closed:.3g}", flush=True)
+        f"{printable(task.name)}: the full model is right on {accuracy:.1%} of {len(examples)} held-out pairs; right "
+        f"answers have probability "
+        f"{probability:.2g} and are the likeliest token on {first:.1%}; on corrupt prompts it is right on {corrupted:.1%}, "
+        f"with KL {closed:.3g}", flush=True)
     for wrong, says in (
-        (accuracy < 0.7, f"the model is right on only {accuracy:.0%} of the pairs: a circuit would explain its mistakes. Choose pairs that it can do"),
-        (probability < 0.05, f"right answers have a probability of only {probability:.2g}: the model answers something else, and a circuit would "
+        (accuracy < 0.7,
+         f"the model is right on only {accuracy:.0%} of the pairs: a circuit would explain its mistakes. Choose pairs that "
+         f"it can do"),
+        (probability < 0.05,
+         f"right answers have a probability of only {probability:.2g}: the model answers something else, and a circuit would "
          "explain which of two unlikely tokens is less unlikely. Choose prompts that the model goes on with one of the answers"),
-        (corrupted > accuracy - 0.05, f"on the corrupt prompts the model is right on {corrupted:.0%}, as on the clean ones ({accuracy:.0%}): "
+        (corrupted > accuracy - 0.05,
+         f"on the corrupt prompts the model is right on {corrupted:.0%}, as on the clean ones ({accuracy:.0%}): "
          "what makes it right is not what the corruption takes away. Choose a corruption that changes the answer"),
-        (closed < 1e-3 or goal.kl and closed <= goal.kl, f"the corruption changes (almost) nothing: the empty circuit has KL {closed:.3g}. "
+        (closed < 1e-3 or goal.kl and closed <= goal.kl,
+         f"the corruption changes (almost) nothing: the empty circuit has KL {closed:.3g}. "
          "Choose a corruption that changes the answer, or a smaller kl"),
     ):
         if wrong: warnings.warn(says)
