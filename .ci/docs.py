@@ -16,7 +16,7 @@ from nbdev.config import get_config
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 
-NUMBERED = re.compile(r"\b\d+[a-zA-Z0-9]*_([\w-]+\.)(ipynb|html)\b")  # nbdev's rule: 00_gates.ipynb is page gates.html
+NUMBERED = re.compile(r"\b\d+[a-zA-Z0-9]*_([\w-]+\.)(ipynb|html)\b")  # nbdev's rule: 02_gates.ipynb is page gates.html
 CROSS_REFERENCES = [
     (re.compile(r"\s*\{#(eq|fig|tbl|sec)-[\w-]+\}"), ""),
     (re.compile(r"@fig-[\w-]+"), "the figure below"),

@@ -10,7 +10,7 @@ import shutil
 
 from nbdev.config import get_config
 
-NOTEBOOK = re.compile(r"\]\(((?:[\w-]+/)*)(?:\d+[a-z]*_)?([\w-]+)\.ipynb(#[^)]*)?\)")  # 00_gates.ipynb is page gates.html
+NOTEBOOK = re.compile(r"\]\(((?:[\w-]+/)*)(?:\d+[a-z]*_)?([\w-]+)\.ipynb(#[^)]*)?\)")  # 02_gates.ipynb is page gates.html
 
 
 def joined(text):

@@ -20,10 +20,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from families import LENGTHS, SPECIAL, TINY, VOCABULARY, pairs, randomise, tiny
-from mgprune.masks import SiteMasks
+from mgprune.checks import trusted
+from mgprune.hooks import hooks, host_of
 from mgprune.models import InputError
-from mgprune.sites import find_sites
-from mgprune.streams import answer_logits, circuit_logits, hooks, interpolated, record, verify
+from mgprune.passes import answer_logits, circuit_logits, interpolated, record
+from mgprune.tree import SiteMasks
 
 MOST_PARAMETERS, SECONDS, N_LAYERS = 20_000_000, 30, 4
 
@@ -176,21 +177,21 @@ def slice_by_hand(model, sites, batch, i, part):
 @torch.no_grad()
 def measured(model):
     "What masks do against the same by hand, as shares of the largest logit; `open` and `closed` have to be 0"
-    sites, batch, n = find_sites(model), pairs(), max(LENGTHS)
-    corrupt = record(model, batch.corrupt, batch.attention_mask)
+    host, batch, n = host_of(model), pairs(), max(LENGTHS)
+    sites, corrupt = host.sites, record(host, batch.corrupt, batch.attention_mask)
     widths = sites.n_heads * sites.head_width, sites.mlp_width
     def masks(which=None, i=None, part=slice(None), value=1.):
         both = [torch.full((sites.n_layers, width), value) for width in widths]
         if which is not None: both[which][i, part] = 0
         return SiteMasks(*both)
     def masked(*where):
-        with interpolated(model, masks(*where), corrupt): return logits_at_all(model, batch.clean, batch)
+        with interpolated(host, masks(*where), corrupt): return logits_at_all(model, batch.clean, batch)
     full, other = (answer_logits(model, ids, batch.attention_mask) for ids in (batch.clean, batch.corrupt))
     def off(a, b): return ((a - b).abs().max() / full.abs().max()).item()
     alone = [model(input_ids=ids[None, n - m:], attention_mask=torch.ones(1, m).long(), use_cache=False).logits[0, -1]
              for ids, m in zip(batch.clean, LENGTHS)]
-    found = dict(padded=off(full, torch.stack(alone)), open=off(circuit_logits(model, batch, masks(), corrupt), full),
-                 closed=off(circuit_logits(model, batch, masks(value=0.), corrupt), other))
+    found = dict(padded=off(full, torch.stack(alone)), open=off(circuit_logits(host, batch, masks(), corrupt), full),
+                 closed=off(circuit_logits(host, batch, masks(value=0.), corrupt), other))
     head = slice(sites.head_width, 2 * sites.head_width)
     for i in range(sites.n_layers):
         attention, rest = sub_layers(model, sites, i)
@@ -208,7 +209,7 @@ def verdict(kind):
     model, why = build(kind)
     if model is None: return dict(type=kind, verdict="not built", why=why)
     try:
-        with time_limit(2 * SECONDS): verify(model)
+        with time_limit(2 * SECONDS): trusted(model)
     except TooLong as e: return dict(type=kind, verdict="not built", why=str(e))
     except InputError as e: return dict(type=kind, verdict="refused", why=first_words(e, 1000))
     except Exception as e: return dict(type=kind, verdict="crashed", why=f"{type(e).__name__}: {first_words(e)}")

@@ -6,14 +6,16 @@ the gates; "cached" has the corrupted stream recorded beforehand, "recorded anew
 """
 import statistics
 import time
+from functools import partial
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mgprune.masks import DEFAULT_LEVELS
+from mgprune.tree import DEFAULT_LEVELS
 from mgprune.models import frozen
-from mgprune.streams import Batch, prepare
-from mgprune.training import Goal, Recipe, Search
+from mgprune.pairs import Batch
+from mgprune.streams import prepare
+from mgprune.training import Goal, Recipe, Search, step
 
 PAIRS, TOKENS, REPEATS = 8, 16, 9
 
@@ -32,7 +34,7 @@ def main():
 
     with frozen(model):
         recipe = Recipe(batch_size=PAIRS)
-        steps = {name: Search(model, prepare(model, batch, memory=memory), Goal(kl=.1), DEFAULT_LEVELS, recipe).step
+        steps = {name: partial(step, Search(prepare(model, batch, memory=memory), Goal(kl=.1), DEFAULT_LEVELS, recipe))
                  for name, memory in (("cached", 1 << 30), ("recorded anew", 0))}
         seconds = {name: [] for name in ("plain", *steps)}
         for repeat in range(REPEATS + 1):

@@ -5,10 +5,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mgprune import discover
-from mgprune.masks import level_shapes, site_masks
+from mgprune.tree import level_shapes, site_masks
 from mgprune.models import frozen
+from mgprune.pairs import Batch
+from mgprune.passes import answer_logits
 from mgprune.sites import find_sites
-from mgprune.streams import Batch, all_masked_logits, answer_logits, prepare
+from mgprune.streams import prepare
+from mgprune.tasks import Task
 from mgprune.training import Recipe
 
 VOCABULARY, LENGTHS = 61, (6, 4, 5)
@@ -75,9 +78,11 @@ def pairs():
     return Batch(clean * mask, corrupt * mask, mask, answers + 1, answers + 11)
 
 
-class Pairs:
-    "What a search needs of a task"
-    name, corruption, seed = "pairs", "random tokens", 0
+class Pairs(Task):
+    "A task of token ids, which needs no tokenizer"
+    name, corruption, seed, tokenizer = "pairs", "random tokens", 0, None
+    train = valid = test = (None,) * 6
+    def __init__(self): pass
     def batch(self, split): return pairs()[[0, 1, 2, 0, 1, 2]]
 
 
@@ -96,5 +101,5 @@ def holds(model):
     examples = prepare(model, batch)
     for value, wanted in ((1., clean), (0., corrupt)):
         gates = {l: torch.full(s, value) for l, s in level_shapes(sites).items()}
-        assert torch.equal(all_masked_logits(model, examples, site_masks(gates, sites)), wanted)
+        assert torch.equal(examples.logits(site_masks(gates, sites).to(model.device)), wanted)
     return sites

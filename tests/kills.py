@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
-from mgprune import cli, discover, tasks
+from mgprune import cli, discover, plots, tasks
 from mgprune.circuit import Circuit, from_scores
 from mgprune.models import InputError, load_model
 from mgprune.training import Recipe
@@ -29,7 +29,7 @@ def two_circuits():
     model = load_model()
     first = discover(model, tasks.ioi(model, n=(64, 32, 32)), keep=.2, recipe=Recipe(steps=40), progress=False)
     second = from_scores(first.scores, first.sites, first.provenance["settings"].get("threshold", 0) + .1)
-    return first, replace(second, provenance=first.provenance | dict(seed=1))
+    return first, replace(second, provenance=replace(first.provenance, seed=1))
 
 
 def ended(act, seconds, how):
@@ -141,7 +141,7 @@ def spots(circuit, folder):
 def table(saves, kills, interrupts, light=False, seed=0):
     "Counts of all three: title -> counts"
     draw, circuits = random.Random(seed), two_circuits()
-    with patch.object(cli, "save_figures", spots if light else cli.save_figures):
+    with patch.object(plots, "save_figures", spots if light else plots.save_figures):
         return {f"{saves} kills of a loop of saves": of_saves(circuits, saves, draw),
                 f"{kills} kills of discover": of_runs(circuits, kills, signal.SIGKILL, draw),
                 f"{interrupts} interruptions of discover": of_runs(circuits, interrupts, signal.SIGINT, draw)}

@@ -15,13 +15,14 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from mgprune import Circuit, load_model
-from mgprune.circuit import as_text, digest, from_scores, readable
-from mgprune.masks import level_shapes
+from mgprune.circuit import as_text, from_scores, readable
+from mgprune.files import digest
 from mgprune.models import InputError
 from mgprune.sites import find_sites
+from mgprune.tree import level_shapes
 
 VALUES = [None, True, -1, 0, 1, 2 ** 31, 10 ** 30, 1.5, float("nan"), "", "x" * 1000, "\x1b[2J", "kept", [], [1], [[0, 0]], {}, {"head": [1, 1]}, [[[]]] * 50]
 

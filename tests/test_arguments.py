@@ -20,16 +20,17 @@ from mgprune.sites import find_sites
 from mgprune.streams import Batch, prepare
 from mgprune.training import Goal, Recipe
 
-MODULES = ("attribution", "circuit", "corruption", "evaluation", "export", "files", "models", "plots", "streams", "tasks", "training", "widgets")
+MODULES = ("attribution", "circuit", "corruption", "evaluation", "export", "files", "models", "pairs", "plots", "reading", "streams", "tasks", "training",
+           "widgets", "words")
 HUB = {"push_to_hub", "from_hub"}          # would ask the network
 
 
 def public():
-    "Name -> function, for every function that a module lists and that checks its arguments"
+    "Name -> function, for every function of a module that checks its arguments, whether or not the module lists it"
     found = {}
     for module in map(importlib.import_module, (f"mgprune.{name}" for name in MODULES)):
-        for name in module.__all__:
-            f = getattr(module, name)
+        for name, f in vars(module).items():
+            if name.startswith("_"): continue
             if getattr(f, "__module__", None) == module.__name__ and getattr(f, "checks_arguments", False):
                 found[f"{module.__name__.removeprefix('mgprune.')}.{name}"] = f
     return found
@@ -58,17 +59,21 @@ def arguments(name, f, valid, tmp_path):
     special = {
         "models.load_model": {}, "circuit.load": dict(path=valid["path"]), "circuit.save": dict(path=tmp_path / "c.json"), "export.write": dict(path=tmp_path / "c.csv"),
         "export.export": dict(path=tmp_path / "e"), "export.to_folder": dict(path=tmp_path / "t"), "files.write_file": dict(path=tmp_path / "f", content=b"x"),
-        "evaluation.cut_by_kl": dict(kl=1.), "evaluation.neurons_at": dict(kl=3.), "tasks.load": dict(name="ioi", n=(3, 1, 1)), "plots.save_figures": dict(folder=tmp_path / "p"),
-        "tasks.cut_before": dict(text="When Mary met John, John saw Mary", answer=" Mary"), "training.discover": dict(keep=.2, recipe=valid["recipe"], progress=False),
+        "evaluation.cut_by_kl": dict(kl=1.), "evaluation.score": dict(found=valid["circuit"], truth=valid["circuit"].kept), "evaluation.neurons_at": dict(kl=3.), "tasks.load": dict(name="ioi", n=(3, 1, 1)), "plots.save_figures": dict(folder=tmp_path / "p"),
+        "pairs.cut_before": dict(text="When Mary met John, John saw Mary", answer=" Mary"), "training.discover": dict(keep=.2, recipe=valid["recipe"], progress=False),
         "training.sweep": dict(keep=(.2,), recipe=valid["recipe"], progress=False), "attribution.sampled_gradient": dict(n=2),
         "corruption.corruption_named": dict(name="swap_subject", allowed=("swap_subject",)), "corruption.random_tokens": dict(rng=random.Random(0)),
         **{f"corruption.{name}": dict(slots=slots) for name, slots in SLOTS.items()}, "plots.written_logits": dict(level="attention_neuron"),
-        "tasks.read_prompt": dict(tokenizer=valid["model"].tokenizer), "tasks.answer_id": dict(tokenizer=valid["model"].tokenizer),
+        "pairs.read_prompt": dict(tokenizer=valid["model"].tokenizer), "pairs.answer_id": dict(tokenizer=valid["model"].tokenizer),
+        "tasks.templated": dict(name="own", templates=["Then {name} met"], draw=someone, corruption="other_gender"),
         "files.write_folder": dict(path=tmp_path / "w", fill=lambda folder: (folder / "a").write_text("a")),
     }.get(name, {})
     if name.startswith("tasks.") and "n" in inspect.signature(f).parameters: special.setdefault("n", (3, 1, 1))
     needed = {p.name for p in inspect.signature(f).parameters.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     return {k: valid[k] for k in needed if k in valid and k not in special} | special
+
+
+def someone(pool, rng): return tasks.Drawn(dict(name=rng.choice(pool["names"])), " Anna")
 
 
 SLOTS = dict(
@@ -77,7 +82,7 @@ SLOTS = dict(
     swap_listed=dict(right="cat", other="dog", listed0="cat", listed1="dog"), unrelated_words=dict(listed0="cat"))
 WRONG = [None, True, -1, 0, 10 ** 400, math.nan, math.inf, -2.5, 3.7, "", "nonsense", "\0", "\ud800", b"bytes", [], {}, (), (1,), ["head", "head"], {"head": 1},
          {"x": torch.ones(2)}, {"head": torch.ones(2, 2)}, object(), torch.zeros(2), len, int, Path("/no/such/place"), Sigmoid, HardConcrete(), Goal(kl=1), range(3)]
-OWN = {("files.write_folder", "fill")}  # a function of the caller's, whose errors are the caller's
+OWN = {("files.write_folder", "fill"), ("tasks.templated", "draw"), ("tasks.templated", "corruption")}  # a function of the caller's, whose errors are the caller's
 SLOW = {"attribution.patching"}  # closes every neuron: only what it refuses is tried
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import kills
-from mgprune import cli, tasks
+from mgprune import cli, evaluate, tasks
+from mgprune.ablations import ABLATIONS
 from mgprune.circuit import Circuit, as_text
 from mgprune.cli import main
 from mgprune.files import digest
@@ -58,7 +59,7 @@ def refused(capsys, *argv):
 
 def test_json_says_what_was_found(found):
     data = read(found / "deep/ioi.json")
-    assert data["model"] == "embedded" and data["task"] == "ioi" and data["seed"] == 3
+    assert data["model"] == "embedded" and data["task"] == "ioi" and data["seed"] == 3 and data["ablation"] == "corrupt"
     for name in ("kl", "accuracy", "full_accuracy", "seconds", "peak_mb"): assert isinstance(data[name], float)
     assert set(data["counts"]) == LEVELS and data["counts"]["mlp_neuron"][1] == 2048 and data["counts"]["head"][1] == 16
     kept = [data["counts"][level][0] for level in ("attention_neuron", "mlp_neuron")]
@@ -71,7 +72,8 @@ def test_out_holds_circuit_figures_and_summary(found):
     assert names - {"circuit.safetensors"} == {"circuit.json", "circuit.png", "heads.png", "neurons.png", "training.png", "summary.md"}
     for path in (found / "out").glob("*.png"): assert path.read_bytes().startswith(b"\x89PNG")
     text = (found / "out/summary.md").read_text()
-    for word in ("# Circuit of embedded for ioi", "mlp neuron", "faithfulness", "keep 0.2", "Circuit.load('circuit.json', model)"): assert word in text
+    for word in ("# Circuit of embedded for ioi", "mlp neuron", "faithfulness", "keep 0.2", "Circuit.load('circuit.json', model)",
+                 "| ablation | corrupt |", "the ablation corrupt (closed nodes hold what they hold on the pair's own corrupt prompt)"): assert word in text
 
 
 def test_evaluate_gives_the_same_measures(found, tmp_path, capsys):
@@ -79,12 +81,68 @@ def test_evaluate_gives_the_same_measures(found, tmp_path, capsys):
     first, again = read(found / "deep/ioi.json"), read(tmp_path / "again.json")
     for name in ("kl", "accuracy", "full_accuracy", "faithfulness", "closed_kl"): assert again[name] == pytest.approx(first[name], abs=1e-4)
     assert again["counts"] == first["counts"] and again["task"] == "ioi" and again["model"] == "embedded"
-    assert "512 held-out pairs" in capsys.readouterr().out
+    assert "512 held-out pairs, ablation corrupt\n" in capsys.readouterr().out and again["ablation"] == "corrupt" and "found_with" not in again
 
 
 def test_evaluate_on_another_task(found, tmp_path):
     assert main(["evaluate", f"{found}/out/circuit.json", "--task", "greater-than", "--json", f"{tmp_path}/years.json"]) == 0
     assert read(tmp_path / "years.json")["task"] == "greater_than"
+
+
+# --- ablations
+
+@pytest.mark.parametrize("ablation", ["mean", "zero", "resample", "mean_by_position"])
+def test_evaluate_with_another_ablation(found, tmp_path, capsys, ablation):
+    assert main(["evaluate", f"{found}/out", "--ablation", ablation, "--json", f"{tmp_path}/again.json"]) == 0
+    assert f"512 held-out pairs, found with corrupt, measured with {ablation}\n" in capsys.readouterr().out
+    again, circuit, model = read(tmp_path / "again.json"), Circuit.load(found / "out/circuit.json"), load_model()
+    assert again["ablation"] == ablation and again["found_with"] == "corrupt"
+    in_python = evaluate(circuit, model, tasks.ioi(model, n=tuple(circuit.provenance.pairs), seed=circuit.provenance.task_seed), ablation)
+    for name in ("kl", "accuracy", "closed_kl", "faithfulness"): assert again[name] == pytest.approx(in_python[name], abs=1e-4)
+    assert abs(again["closed_kl"] - read(found / "deep/ioi.json")["closed_kl"]) > 1e-3
+
+
+def test_discover_with_another_ablation(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["discover", "ioi", *FAST, "--ablation", "mean", "--out", str(out), "--json", f"{tmp_path}/a.json"]) == 0
+    assert "ablation mean (closed nodes hold their mean over the corrupt prompts of reference pairs)\n" in capsys.readouterr().out
+    assert "the ablation mean (closed nodes hold their mean" in (out / "summary.md").read_text() and read(tmp_path / "a.json")["ablation"] == "mean"
+    assert main(["evaluate", str(out), "--json", f"{tmp_path}/b.json"]) == 0  # with the circuit's own
+    assert "ablation mean\n" in capsys.readouterr().out and read(tmp_path / "b.json")["ablation"] == "mean"
+    for name in ("kl", "closed_kl"): assert read(tmp_path / "a.json")[name] == pytest.approx(read(tmp_path / "b.json")[name], abs=1e-4)
+    assert main(["evaluate", str(out), "--ablation", "corrupt", "--json", f"{tmp_path}/c.json"]) == 0
+    assert "found with mean, measured with corrupt\n" in capsys.readouterr().out and read(tmp_path / "c.json")["found_with"] == "mean"
+
+
+def test_sweep_says_its_ablation(tmp_path, capsys):
+    assert main(["sweep", "ioi", "--keep", ".3", ".1", "--steps", "40", "--ablation", "zero", "--json", f"{tmp_path}/a.json"]) == 0
+    assert "\nablation zero (closed nodes hold zero)\n" in capsys.readouterr().out
+    assert [row["ablation"] for row in read(tmp_path / "a.json")] == ["zero", "zero"]
+
+
+def test_a_circuit_of_an_ablation_of_somebodys_own_is_refused_unless_another_is_named(found, tmp_path, capsys):
+    circuit = Circuit.load(found / "out/circuit.json")
+    replace(circuit, provenance=replace(circuit.provenance, ablation="half")).save(tmp_path / "half.json")
+    assert "found with the ablation 'half', which does not come with this package: name one of corrupt" in refused(capsys, "evaluate", tmp_path / "half.json")
+    assert main(["evaluate", str(tmp_path / "half.json"), "--ablation", "zero", "--task", "greater-than"]) == 0
+    assert "found with half, measured with zero\n" in capsys.readouterr().out
+    replace(circuit, provenance=replace(circuit.provenance, ablation=None)).save(tmp_path / "unknown.json")  # of an earlier version
+    assert main(["evaluate", str(tmp_path / "unknown.json"), "--json", f"{tmp_path}/unknown_measures.json"]) == 0
+    assert "pairs, ablation corrupt\n" in capsys.readouterr().out and read(tmp_path / "unknown_measures.json")["ablation"] == "corrupt"
+
+
+@pytest.mark.parametrize("command", ["discover", "sweep", "evaluate"])
+def test_help_says_what_ablations_there_are(command, capsys):
+    with pytest.raises(SystemExit): main([command, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for name, ablation in ABLATIONS.items(): assert f"{name}: {ablation.__doc__}" in said
+    assert f"what closed nodes hold (default: {'as the circuit was found' if command == 'evaluate' else 'corrupt'})" in said
+
+
+def test_drawing_is_loaded_where_something_is_drawn():
+    says = "import sys, mgprune.cli; print(*({'pandas', 'matplotlib', 'seaborn', 'ipywidgets'} & {*sys.modules}), end='')"
+    run = subprocess.run([sys.executable, "-c", says], text=True, capture_output=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    assert run.returncode == 0 and run.stdout == ""
 
 
 def test_a_failure_leaves_the_old_json(tmp_path, monkeypatch):
@@ -145,6 +203,10 @@ def test_pairs_from_a_file_are_found_again(pairs, tmp_path, capsys):
     (["discover", "ioi", "--out", "x", "--json", "x/circuit.json"], "in the way of what --out writes"),
     (["evaluate", "a\0b"], "without the character NUL"),
     (["discover", "ioi", "--corruption", "noise"], "noise"),
+    (["discover", "pairs.csv", "--corruption", "unrelated_names"], "a file of pairs has corrupt prompts of its own"),
+    (["discover", "ioi", "--ablation", "noise"], "argument --ablation: invalid choice: 'noise' (choose from 'corrupt', 'resample'"),
+    (["sweep", "ioi", "--ablation", "Mean"], "argument --ablation: invalid choice: 'Mean'"),
+    (["evaluate", "missing.json", "--ablation", "noise"], "argument --ablation: invalid choice: 'noise'"),
     (["discover", "ioi", "--device", "abacus"], "--device abacus"),
     (["discover", "ioi", "--model", "no/such/model/at/all"], "no causal language model"),
     (["discover", "ioi", "--colour", "red"], "--colour"),
@@ -202,14 +264,14 @@ def test_what_an_earlier_run_wrote_is_replaced_by_the_next(found, tmp_path, monk
 def test_names_from_a_file_are_shown_as_they_are(found, tmp_path, capsys):
     circuit = Circuit.load(found / "out/circuit.json")
     odd = "x|y`\n# Heading\x1b[2J\u202e<script>[a](http://b)"
-    text = cli.summary(replace(circuit, provenance=circuit.provenance | dict(model=odd, task=odd, corruption=odd)), "circuit.json")
+    text = cli.summary(replace(circuit, provenance=dict(circuit.provenance) | dict(model=odd, task=odd, corruption=odd, ablation=odd)), "circuit.json")
     words = text.partition("```python")[0]
     assert not any(sign in words for sign in ("<script>", "\x1b", "\u202e", "](", "http:")) and "\n# Heading" not in text
     assert all(line.count("|") == 3 for line in words.partition("## Settings")[2].splitlines() if line.startswith("|"))
     code = text.partition("```python\n")[2]
     assert code.count("```") == 1 and eval(code.splitlines()[1].partition("load_model")[2]) == odd
 
-    replace(circuit, provenance=circuit.provenance | dict(model=odd)).save(tmp_path / "odd.json")
+    replace(circuit, provenance=replace(circuit.provenance, model=odd)).save(tmp_path / "odd.json")
     assert main(["evaluate", str(tmp_path / "odd.json")]) == 2
     out, err = capsys.readouterr()
     assert "as the circuit says" in out and r"\x1b[2J" in out and not {"\x1b", "\u202e"} & {*(out + err)} and len(err.splitlines()) == 1
@@ -219,7 +281,7 @@ def test_names_from_a_file_are_shown_as_they_are(found, tmp_path, capsys):
                                          ("../secret", "on this machine"), ("somebody/model", "on the hub"), ("embedded", "comes with this package")])
 def test_the_model_that_a_file_names_is_said_before_it_is_opened(found, tmp_path, capsys, monkeypatch, name, place):
     circuit = Circuit.load(found / "out/circuit.json")
-    replace(circuit, provenance=circuit.provenance | dict(model=name)).save(tmp_path / "a.json")
+    replace(circuit, provenance=replace(circuit.provenance, model=name)).save(tmp_path / "a.json")
     def refuse(*of, **options): raise cli.InputError(f"opened after {capsys.readouterr().out!r}")
     monkeypatch.setattr(cli, "load_model", refuse)
     assert main(["evaluate", str(tmp_path / "a.json")]) == 2

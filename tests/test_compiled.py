@@ -8,10 +8,9 @@ from transformers import GPT2LMHeadModel
 from mgprune import compiled
 from mgprune.circuit import from_kept
 from mgprune.compiled import PROGRAMS, build, compiled_program, program_task, program_tokenizer, read_program
-from mgprune.evaluation import evaluate
+from mgprune.evaluation import measured
 from mgprune.models import InputError, load_model
 from mgprune.planted import AT, basis
-from mgprune.sites import find_sites
 from mgprune.streams import prepare
 
 
@@ -20,10 +19,10 @@ def c(request): return compiled_program(request.param, seed=3)
 
 
 @pytest.fixture(scope="module")
-def examples(c): return prepare(c.model, c.task.batch("test"))
+def examples(c): return prepare(c.model, c.task)
 
 
-def kl_of(c, kept, examples): return evaluate(c.model, from_kept(kept, find_sites(c.model)), examples)["kl"]
+def kl_of(kept, examples): return measured(from_kept(kept, examples.sites), examples)["kl"]
 
 
 def written(model, program, seed, coordinates=None):
@@ -83,7 +82,7 @@ def test_tasks_ask_what_the_programs_compute(c):
 
 
 def test_the_model_does_the_task_and_the_truth_is_enough(c, examples):
-    m = evaluate(c.model, from_kept(c.truth, find_sites(c.model)), examples)
+    m = measured(from_kept(c.truth, examples.sites), examples)
     assert m["full_accuracy"] == m["accuracy"] == 1 and m["kl"] < 1e-3
     assert m["closed_accuracy"] < .05 and m["closed_kl"] > 5
 
@@ -102,17 +101,17 @@ def test_each_true_head_is_needed(c, examples):
     for place in map(tuple, c.truth["head"].nonzero().tolist()):
         kept = torch.ones_like(c.truth["head"])
         kept[place] = False
-        assert kl_of(c, {"head": kept}, examples) > .5
-    assert kl_of(c, {"head": c.truth["head"]}, examples) < 1e-3
+        assert kl_of({"head": kept}, examples) > .5
+    assert kl_of({"head": c.truth["head"]}, examples) < 1e-3
 
 
 def test_leaving_out_a_true_neuron_hurts(c):
-    examples = prepare(c.model, c.task.batch("train")[:128])
+    examples = prepare(c.model, c.task, "train", most=128)
     for level in ("attention_neuron", "mlp_neuron"):
         for place in c.truth[level].nonzero()[::4].tolist():
             kept = c.truth[level].clone()
             kept[tuple(place)] = False
-            assert kl_of(c, {**c.truth, level: kept}, examples) > 1e-3
+            assert kl_of({**c.truth, level: kept}, examples) > 1e-3
     assert all((c.nodes[level] | ~kept).all() for level, kept in c.truth.items())
 
 

@@ -4,8 +4,11 @@ import torch
 
 from families import TINY, holds, pairs, short_search, tiny
 from mgprune import discover, load_model, tasks
+from mgprune.checks import trusted
 from mgprune.circuit import Circuit, jaccard
-from mgprune.streams import all_masked_logits, fitting_size, free_bytes, prepare, verify
+from mgprune.passes import fitting_size, free_bytes
+from mgprune.hooks import host_of
+from mgprune.streams import prepare
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 kinds = pytest.mark.parametrize("kind", TINY)
@@ -15,14 +18,14 @@ CLOSE = dict(rtol=1e-4, atol=1e-4)  # the GPU adds up in another order
 @kinds
 def test_every_family(kind, tmp_path):
     model = tiny(kind).to("cuda")
-    verify(model)
+    trusted(model)
     holds(model)
     circuit = short_search(model)
     assert all(s.device.type == "cpu" for s in circuit.scores.values())
     here = tiny(kind)
     moved = Circuit.load(circuit.save(tmp_path / "circuit.json"), here)
     examples = [prepare(m, pairs()) for m in (model, here)]
-    there, answers = (all_masked_logits(m, e, circuit.masks()).cpu() for m, e in zip((model, here), examples))
+    there, answers = (e.logits(circuit.masks().to(e.host.device)).cpu() for e in examples)
     assert moved == circuit
     torch.testing.assert_close(there, answers, **CLOSE)
 
@@ -39,7 +42,8 @@ def test_one_model_on_two_devices():
     model, here = accelerate.dispatch_model(tiny("llama"), places, main_device="cuda"), tiny("llama")
     holds(model)
     circuit = short_search(model)
-    there, answers = (all_masked_logits(m, prepare(m, pairs()), circuit.masks()).cpu() for m in (model, here))
+    examples = [prepare(m, pairs()) for m in (model, here)]
+    there, answers = (e.logits(circuit.masks().to(e.host.device)).cpu() for e in examples)
     torch.testing.assert_close(there, answers, **CLOSE)
 
 
@@ -58,5 +62,5 @@ def test_memory_that_is_free_is_known():
     before = free_bytes("cuda")
     taken = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     assert before - free_bytes("cuda") >= 1 << 28
-    assert fitting_size(model, tasks.ioi(model).batch("test")) == 32
+    assert fitting_size(host_of(model), tasks.ioi(model).batch("test")) == 32
     del taken

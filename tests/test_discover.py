@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mgprune import Circuit, discover, evaluate, load_model, sweep, tasks
+from mgprune import Circuit, discover, evaluate, load_model, sweep, tasks, training
 from mgprune.circuit import from_scores
-from mgprune.masks import level_shapes
+from mgprune.tree import level_shapes
 from mgprune.models import InputError, fingerprint
 from mgprune.sites import find_sites
-from mgprune.training import Goal, Recipe, Search, check_circuit
+from mgprune.training import Goal, Recipe, check_circuit
 
 QUICK = Recipe(steps=20)
 
@@ -44,12 +44,12 @@ def test_model_leaves_as_it_came(task, monkeypatch, error):
     if error is None:
         discover(model, task, keep=.1, recipe=QUICK, progress=False)
     else:
-        step, calls = Search.step, []
-        def fails(self):
+        step, calls = training.step, []
+        def fails(search):
             calls.append(1)
             if len(calls) > 3: raise error
-            step(self)
-        monkeypatch.setattr(Search, "step", fails)
+            step(search)
+        monkeypatch.setattr(training, "step", fails)
         with pytest.raises(error): discover(model, task, recipe=QUICK, progress=False)
     assert state(model) == before
 
@@ -64,7 +64,7 @@ def test_same_seed_same_circuit(model, task):
 def test_levels_are_selectable(model, task, levels):
     circuit = discover(model, task, penalties=dict.fromkeys(levels, .01), levels=levels, recipe=QUICK, progress=False)
     assert set(circuit.scores) == set(levels) and {"block", "head", "mlp", "attention_neuron", "mlp_neuron"} <= set(circuit.counts())
-    assert abs(evaluate(model, circuit, task)["kl"] - circuit.provenance["metrics"]["kl"]) < 1e-6
+    assert abs(evaluate(circuit, model, task)["kl"] - circuit.provenance["metrics"]["kl"]) < 1e-6
 
 
 @pytest.mark.parametrize("wrong, says", [(dict(kl=-1), "above 0"), (dict(keep=2), "at most 1"), (dict(kl=.1, keep=.1), "exactly one"),
@@ -78,7 +78,7 @@ def test_sweep_is_nested_and_of_the_sizes_asked_for(model, task):
     circuits = sweep(model, task, keep=(.3, .1, .02), recipe=QUICK, progress=False)
     assert [c.n_neurons() for c in circuits] == [round(k * 2560) for k in (.3, .1, .02)]
     assert all((small.kept[l] <= large.kept[l]).all() for large, small in zip(circuits, circuits[1:]) for l in small.kept)
-    assert all(abs(evaluate(model, c, task)["kl"] - c.provenance["metrics"]["kl"]) < 1e-6 for c in circuits)
+    assert all(abs(evaluate(c, model, task)["kl"] - c.provenance["metrics"]["kl"]) < 1e-6 for c in circuits)
 
 
 def test_nan_is_refused(task):
@@ -109,7 +109,8 @@ def test_all_closed_and_all_open(model, task):
 def test_over_the_budget_and_half_way(model):
     sites = find_sites(model)
     undecided = from_scores({l: torch.zeros(s) for l, s in level_shapes(sites).items()}, sites, -.5, dict(metrics=dict(kl=.2), settings=dict(threshold=-.5)))
-    with pytest.warns(UserWarning) as seen: check_circuit(undecided, Goal(kl=.1))
+    felt = {l: torch.ones_like(s, dtype=torch.bool) for l, s in undecided.scores.items()}
+    with pytest.warns(UserWarning) as seen: check_circuit(undecided, Goal(kl=.1), felt)
     said = " ".join(str(w.message) for w in seen)
     assert "KL 0.2 on held-out pairs, over the 0.1 asked for" in said and "100% of the gates are stuck half-way" in said
 
@@ -119,7 +120,7 @@ def test_circuit_of_another_model(model, task, circuit, tmp_path):
     other = load_model()
     with torch.no_grad(): other.transformer.h[0].mlp.c_fc.bias[0] += 1
     with pytest.raises(InputError, match="fingerprint"): Circuit.load(path, other)
-    with pytest.raises(InputError, match="fingerprint"): evaluate(other, circuit, task)
+    with pytest.raises(InputError, match="fingerprint"): evaluate(circuit, other, task)
     assert Circuit.load(path, model) == circuit
 
 

@@ -13,13 +13,20 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCau
 
 from families import TINY, pairs, tiny
 from mgprune import export, planted, plots, tasks
+from mgprune.ablations import ABLATIONS, each_pair, mean, zero
+from mgprune.arguments import InputError
 from mgprune.circuit import Circuit, edge_counts, from_kept, from_scores, full_circuit
-from mgprune.export import constants, parameters, to_folder
-from mgprune.masks import LEVELS, level_shapes
-from mgprune.models import InputError, load_model
+from mgprune.evaluation import evaluate
+from mgprune.export import to_folder
+from mgprune.hooks import host_of
+from mgprune.models import load_model
+from mgprune.objective import kl_divergence
+from mgprune.pairs import Batch
+from mgprune.passes import Recording, answer_logits, circuit_logits, interpolated
 from mgprune.plots import plot_scores
 from mgprune.sites import FAMILIES, find_sites
-from mgprune.streams import Batch, answer_logits, circuit_logits, interpolated
+from mgprune.streams import prepare
+from mgprune.tree import FINEST, LEVELS, NEURONS, TREE, level_shapes
 
 SHAPE = dict(vocab_size=60, hidden_size=64, intermediate_size=48, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
              bos_token_id=0, eos_token_id=0, pad_token_id=0)
@@ -45,7 +52,7 @@ def random_model(name):
 
 def random_circuit(model, share, seed=0, levels=("block", "head", "mlp", "attention_neuron", "mlp_neuron")):
     torch.manual_seed(seed)
-    return from_kept({l: torch.rand(s) < (share if "_" in l else .6) for l, s in level_shapes(find_sites(model), levels).items()}, find_sites(model))
+    return from_kept({l: torch.rand(s) < (share if l in FINEST.values() else .6) for l, s in level_shapes(find_sites(model), levels).items()}, find_sites(model))
 
 
 def random_batch(model, n=4, length=9):
@@ -62,13 +69,18 @@ def run(model, batch):
 
 def under(model, circuit, batch, held):
     "Logits of the circuit with closed nodes at constants, by hooks"
-    with interpolated(model, circuit.masks(), held): return run(model, batch)
+    with interpolated(host_of(model), circuit.masks(), held): return run(model, batch)
+
+
+def constants(model, ablation="zero", reference=None):
+    "What closed nodes of an exported circuit are held at, MLP outputs as well"
+    return export.constants(host_of(model), ablation, reference, True)
 
 
 def exported(circuit, model, path, **options):
     about = circuit.export(model, path, **options)
     small = AutoModelForCausalLM.from_pretrained(path).eval()
-    assert sum(p.numel() for p in small.parameters()) == about["parameters"][1] and parameters(model) == about["parameters"][0]
+    assert sum(p.numel() for p in small.parameters()) == about["parameters"][1] and export.parameters(model) == about["parameters"][0]
     return small, about
 
 
@@ -95,8 +107,8 @@ def test_means_go_into_the_biases(name, tmp_path):
     batch = random_batch(model)
     for seed in range(4):
         circuit = random_circuit(model, .3, seed)
-        small, _ = exported(circuit, model, tmp_path / str(seed), means=batch)
-        wanted = under(model, circuit, batch, constants(model, batch))
+        small, _ = exported(circuit, model, tmp_path / str(seed), ablation="mean", reference=batch)
+        wanted = under(model, circuit, batch, constants(model, "mean", batch))
         assert (wanted - under(model, circuit, batch, constants(model))).abs().max() > .1  # means are not zeros
         torch.testing.assert_close(run(small, batch), wanted, atol=2e-4, rtol=1e-4)
 
@@ -105,7 +117,7 @@ def test_means_go_into_the_biases(name, tmp_path):
 def test_means_without_a_bias_to_hold_them_are_refused(name, tmp_path):
     model = random_model(name)
     with pytest.raises(InputError, match="no bias that could hold the means"):
-        random_circuit(model, .3).export(model, tmp_path / "x", means=random_batch(model))
+        random_circuit(model, .3).export(model, tmp_path / "x", "mean", random_batch(model))
     assert not (tmp_path / "x").exists()
 
 
@@ -117,13 +129,13 @@ def test_the_mean_is_over_tokens_and_not_over_padding():
     with torch.no_grad(): answer_logits(model, batch.corrupt, batch.attention_mask)
     handle.remove()
     by_hand = torch.cat([row[mask.bool()] for row, mask in zip(seen[0], batch.attention_mask)]).mean(0)
-    torch.testing.assert_close(constants(model, batch).mlp[1].flatten(), by_hand)
+    torch.testing.assert_close(constants(model, "mean", batch).mlp[1].flatten(), by_hand)
 
 
 def test_means_of_a_large_batch_are_those_of_the_whole():
     model = random_model("gpt2")
     batch = random_batch(model, n=70)
-    whole, parts = constants(model, batch), [constants(model, batch[rows]) for rows in torch.arange(70).split(7)]
+    whole, *parts = (constants(model, "mean", batch[rows]) for rows in (torch.arange(70), *torch.arange(70).split(7)))
     weights = torch.tensor([batch[rows].attention_mask.sum() for rows in torch.arange(70).split(7)]) / batch.attention_mask.sum()
     torch.testing.assert_close(whole.attention[2], sum(w * p.attention[2] for w, p in zip(weights, parts)))
 
@@ -167,9 +179,83 @@ def test_every_level_is_exported(name, tmp_path):
     model = random_model(name)
     batch = random_batch(model)
     circuit = random_circuit(model, .5, levels=LEVELS)
-    for means in (None, batch):
-        small, _ = exported(circuit, model, tmp_path / str(means is None), means=means)
-        torch.testing.assert_close(run(small, batch), under(model, circuit, batch, constants(model, means)), atol=2e-4, rtol=1e-4)
+    for ablation in ("zero", "mean"):
+        small, _ = exported(circuit, model, tmp_path / ablation, ablation=ablation, reference=batch)
+        torch.testing.assert_close(run(small, batch), under(model, circuit, batch, constants(model, ablation, batch)), atol=2e-4, rtol=1e-4)
+
+
+@architectures
+def test_at_zero_it_is_the_same_to_close_an_mlp_by_its_neurons_or_by_its_outputs(name, tmp_path):
+    model = random_model(name)
+    batch, sites, answers = random_batch(model), find_sites(model), []
+    for level in ("mlp_neuron", "mlp_output"):
+        kept = torch.ones(level_shapes(sites, level)[level], dtype=torch.bool)
+        kept[1] = False
+        circuit = from_kept({level: kept}, sites)
+        small, _ = exported(circuit, model, tmp_path / level)
+        answers.append(run(small, batch))
+        torch.testing.assert_close(answers[-1], under(model, circuit, batch, constants(model)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(*answers, atol=1e-4, rtol=1e-4)
+    for layer, added in enumerate(constants(model).output):  # what is left of an MLP is the bias of its projection
+        bias = model.get_submodule(sites.mlp[layer]).bias
+        assert torch.equal(added.flatten(), torch.zeros(sites.width) if bias is None else bias.detach())
+
+
+# --- what closed nodes hold
+
+@pytest.mark.parametrize("levels", (("block", "head", "mlp", "attention_neuron", "mlp_neuron"), LEVELS), ids=("default", "all"))
+@pytest.mark.parametrize("ablation", ("zero", "mean"))
+def test_the_exported_model_answers_as_the_circuit_is_measured(ablation, levels, tmp_path):
+    model = load_model()
+    task, circuit = tasks.ioi(model, n=(96, 32, 48)), random_circuit(model, .7, levels=levels)
+    examples = prepare(model, task, ablation=ablation, output="mlp_output" in circuit.kept)
+    circuit.export(model, tmp_path / "x", ablation, task)
+    given, wanted = run(load_model(tmp_path / "x"), examples.batch), examples.logits(circuit.masks()).detach()
+    torch.testing.assert_close(given, wanted, atol=1e-4, rtol=1e-4)
+    assert (wanted - prepare(model, task).logits(circuit.masks()).detach()).abs().max() > .1  # the other ablations are others
+    assert kl_divergence(examples.full, given).mean().item() == pytest.approx(evaluate(circuit, model, task, ablation)["kl"], rel=1e-3)
+
+
+def each_corrupt(host, pairs, reference, output): return ABLATIONS["corrupt"](host, pairs, reference, output)
+def each_position(host, pairs, reference, output): return each_corrupt(host, pairs[:1], reference, output)
+def two_rows(host, pairs, reference, output): return zero(host, pairs, reference, output).map(lambda t: torch.cat([t, t]))
+def no_recording(host, pairs, reference, output): return 0.
+def no_outputs(host, pairs, reference, output): return zero(host, pairs, reference, False)
+@each_pair
+def said_to_be(host, pairs, reference, output): return zero(host, pairs, reference, output)
+
+
+@pytest.mark.parametrize("ablation, why", (
+    ("corrupt", "other values for each pair"), ("resample", "other values for each pair"), ("mean_by_position", "or at each position"),
+    (each_corrupt, "2 rows of 6 positions"), (each_position, "1 rows of 6 positions"), (two_rows, "2 rows of 1 positions"),
+    (no_recording, "returned a float"), (no_outputs, "none for MLP outputs"), (said_to_be, "other values for each pair")))
+def test_what_is_no_constant_is_refused(ablation, why, tmp_path):
+    model = random_model("gpt2")
+    circuit = random_circuit(model, .7, levels=LEVELS)
+    with pytest.raises(InputError, match=why) as error: circuit.export(model, tmp_path / "x", ablation, random_batch(model))
+    name = ablation if isinstance(ablation, str) else ablation.__name__
+    assert f"ablation={name!r}" in str(error.value) and "Export with ablation='zero' or 'mean'" in str(error.value)
+    assert "one value for all prompts and positions" in str(error.value) and [*tmp_path.iterdir()] == []
+
+
+def test_an_ablation_of_ones_own_that_returns_constants_is_exported(tmp_path):
+    model = random_model("gpt2")
+    batch, circuit = random_batch(model), random_circuit(model, .5, levels=LEVELS)
+    def half_the_mean(host, pairs, reference, output): return mean(host, pairs, reference, output).map(lambda t: t / 2)
+    small, _ = exported(circuit, model, tmp_path / "x", ablation=half_the_mean, reference=batch)
+    held = constants(model, "mean", batch).map(lambda t: t / 2)
+    wanted = under(model, circuit, batch, held)
+    assert (wanted - under(model, circuit, batch, constants(model, "mean", batch))).abs().max() > .1
+    torch.testing.assert_close(run(small, batch), wanted, atol=2e-4, rtol=1e-4)
+
+
+def test_an_unknown_ablation_and_a_mean_of_nothing_are_refused(tmp_path):
+    model = random_model("gpt2")
+    circuit = random_circuit(model, .7)
+    for ablation in ("median", 3, None):
+        with pytest.raises(InputError, match="expected one of corrupt, resample, mean"): circuit.export(model, tmp_path / "x", ablation)
+    with pytest.raises(InputError, match="needs reference pairs.*give a Task"): circuit.export(model, tmp_path / "x", "mean")
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_the_whole_model_stays_what_it_is(tmp_path):
@@ -201,7 +287,7 @@ def test_the_model_is_left_as_it_was_and_others_are_refused(tmp_path):
     before = {name: t.clone() for name, t in model.state_dict().items()}
     circuit = Circuit(random_circuit(model, .5).kept, find_sites(model), provenance=dict(model="embedded", fingerprint="0" * 16))
     with pytest.raises(InputError, match="fingerprint"): circuit.export(model, tmp_path / "x")
-    random_circuit(model, .5).export(model, tmp_path / "x", means=tasks.ioi(model))
+    random_circuit(model, .5).export(model, tmp_path / "x", "mean", tasks.ioi(model))
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items()) and model.tokenizer
 
 
@@ -241,12 +327,12 @@ def narrower(model): model.config.intermediate_size = 40
 
 
 @pytest.mark.parametrize("change", (hooked, patched, swapped, untied, more, normed, narrower), ids=lambda f: f.__name__)
-@pytest.mark.parametrize("means", (False, True))
-def test_what_a_checkpoint_cannot_hold_is_not_lost_in_silence(change, means, tmp_path):
+@pytest.mark.parametrize("ablation", ("zero", "mean"))
+def test_what_a_checkpoint_cannot_hold_is_not_lost_in_silence(change, ablation, tmp_path):
     model = random_model("llama_tied_and_biased")
     circuit, batch = random_circuit(model, .7), random_batch(model)
     change(model)
-    with pytest.raises(InputError, match="would not compute|would be lost|do not fit"): circuit.export(model, tmp_path / "x", means=batch if means else None)
+    with pytest.raises(InputError, match="would not compute|would be lost|do not fit"): circuit.export(model, tmp_path / "x", ablation, batch)
     assert [*tmp_path.iterdir()] == []
 
 
@@ -254,9 +340,9 @@ def test_what_a_checkpoint_cannot_hold_is_not_lost_in_silence(change, means, tmp
 def test_other_precisions_are_exported(dtype, tmp_path):
     model = random_model("llama").to(dtype)
     circuit, batch = random_circuit(model, .7), random_batch(model)
-    circuit.export(model, tmp_path / "x", means=batch)
+    circuit.export(model, tmp_path / "x", "mean", batch)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "x", dtype=dtype).eval()
-    wanted = under(model, circuit, batch, constants(model, batch))
+    wanted = under(model, circuit, batch, constants(model, "mean", batch))
     assert (run(again, batch) - wanted).abs().max() <= 2 * torch.finfo(dtype).eps ** .75 * wanted.abs().max() + 1e-4
 
 
@@ -273,7 +359,7 @@ def test_a_model_whose_weights_are_brought_when_needed_is_exported(tmp_path):
 def test_arguments_of_other_kinds_are_refused(tmp_path):
     model = random_model("gpt2")
     circuit, other = random_circuit(model, .7), load_model()
-    for wrong in (lambda: circuit.export(None, tmp_path / "x"), lambda: circuit.export(model, 5), lambda: circuit.export(model, tmp_path / "x", means=3),
+    for wrong in (lambda: circuit.export(None, tmp_path / "x"), lambda: circuit.export(model, 5), lambda: circuit.export(model, tmp_path / "x", reference=3),
                   lambda: circuit.export(model, tmp_path / "x", smaller="no"), lambda: circuit.write(5), lambda: circuit.mib("yes"),
                   lambda: to_folder(circuit, tmp_path / "x", 5), lambda: circuit.push_to_hub(5), lambda: Circuit.from_hub(5), lambda: Circuit.from_hub(""),
                   lambda: Circuit.from_hub("a\0b"), lambda: plots.plot_circuit(circuit.kept), lambda: plots.plot_scores(circuit),
@@ -282,6 +368,7 @@ def test_arguments_of_other_kinds_are_refused(tmp_path):
                   lambda: plots.plot_attention(other, "", [(0, 0)]), lambda: plots.plot_attention(other, "a b", circuit),
                   lambda: plots.plot_attention(other, "a b", [(0, -1)]), lambda: plots.plot_attention(other, "a b", [(0, 0)], 0),
                   lambda: plots.plot_writes(circuit, other), lambda: plots.written_logits(other, "mlp_neuron", [(0, 9999)]),
+                  lambda: plots.written_logits(other, "mlp_output", [(0, 0)]), lambda: plots.plot_writes(random_circuit(other, .7), other, "head"),
                   lambda: plots.save_figures(circuit, "a\0b")):
         with pytest.raises(InputError): wrong()
     assert [*tmp_path.iterdir()] == []
@@ -349,6 +436,32 @@ def test_the_page_holds_the_circuit_and_asks_for_nothing(scored):
         bits = np.unpackbits(np.frombuffer(base64.b64decode(data["kept"][level]), np.uint8))[:kept.numel()]
         assert torch.equal(torch.from_numpy(bits).bool(), kept.flatten())
     assert not re.search(r"(src|href)=|url\(|@import|fetch\(", page) and "default-src 'none'" in page
+
+
+@pytest.mark.parametrize("levels", (("head",), LEVELS))
+def test_the_page_is_told_what_the_tree_says(levels):
+    sites = find_sites(load_model())
+    circuit = from_kept({l: torch.ones(s, dtype=torch.bool) for l, s in level_shapes(sites, levels).items()}, sites)
+    page = circuit.view()
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    assert {*data["kept"]} == {*circuit.kept} and [l for l, about in data["levels"].items() if about["counted"]] == [*NEURONS]
+    for level, about in data["levels"].items():
+        assert about["spoken"] == TREE[level].spoken and about["after"] == TREE[level].after and (level not in circuit.kept or f"<td>{about['spoken']}</td>" in page)
+        assert about["total"] == torch.Size(level_shapes(sites, level)[level]).numel()
+    assert {l: about["parent"] for l, about in data["levels"].items() if l != "mlp_output"} == dict(
+        block=None, attention="block", group="attention", head="group", mlp="block", attention_neuron="head", mlp_neuron="mlp")
+    assert [l for l in LEVELS if f"{l}" in page.replace(re.search(r'id="data">(.*?)</script>', page, re.S)[1], "") and "_" in l] == []  # it has no names of its own
+
+
+@pytest.mark.parametrize("ablation, words", ((None, "what they hold on the pair&#x27;s own corrupt prompt"), ("zero", "zero"), ("a<b", "what the ablation a&lt;b gives them"),
+                                             ("mean", "their mean over the corrupt prompts of reference pairs")))
+def test_page_and_card_say_what_closed_nodes_held(scored, ablation, words):
+    about = dict(metrics=dict(kl=.1, accuracy=.9, full_accuracy=1.), **(dict(ablation=ablation) if ablation else {}))
+    circuit = Circuit(scored.kept, scored.sites, provenance=about)
+    page, text = circuit.view(), export.card(circuit, "me/ioi")
+    assert f"the full model on 100.0%; closed nodes hold {words}</p>" in page
+    assert f"closed nodes hold {words}." in text.replace("'", "&#x27;").replace("&#60;", "&lt;") and ("| ablation |" in text) == bool(ablation)
+    assert "closed nodes" not in Circuit(scored.kept, scored.sites, provenance=dict(ablation="zero")).view()  # without measures
 
 
 def test_names_on_the_page_are_text_and_not_code(scored):
@@ -422,7 +535,7 @@ def test_every_dense_family_is_exported(kind, tmp_path):
     circuit = random_circuit(model, .7)
     circuit.export(model, tmp_path / "new")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "new").eval()
-    assert torch.allclose(answer_logits(again, batch.clean, batch.attention_mask), circuit_logits(model, batch, circuit.masks(), constants(model)), atol=1e-5)
+    assert torch.allclose(answer_logits(again, batch.clean, batch.attention_mask), circuit_logits(host_of(model), batch, circuit.masks(), constants(model)), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in TINY if FAMILIES[kind].experts])
@@ -433,5 +546,8 @@ def test_mixtures_of_experts_get_what_can_be_had(kind, tmp_path):
     for refused in (lambda: circuit.export(model, tmp_path / "new"), circuit.view):
         with pytest.raises(InputError, match="have experts or differ in width"): refused()
     assert not any(tmp_path.iterdir())
-    assert "expert" in {*circuit.table().level} and circuit.dot() and circuit.svg()
+    nodes = circuit.table()
+    assert [*nodes[(nodes.level == "expert") & nodes.kept][["layer", "expert"]].itertuples(index=False, name=None)] == circuit.experts()
+    assert circuit.dot() and circuit.svg()
+    with pytest.raises(InputError, match="what their MLP neurons write cannot be shown"): plots.written_logits(model, "mlp_neuron", [(0, 0)])
     plot_scores(circuit)

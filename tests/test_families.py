@@ -12,11 +12,14 @@ from transformers import (AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedCo
 from architectures import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, verdict
 from families import TINY, VOCABULARY, holds, pairs, short_search, tiny
 from mgprune import load_model
+from mgprune.checks import differences, trusted
 from mgprune.circuit import Circuit, full_circuit
-from mgprune.masks import LEVELS, level_shapes, n_nodes, site_masks
+from mgprune.hooks import host_of
 from mgprune.models import InputError, fingerprint
+from mgprune.passes import circuit_logits, nbytes, record, recording_bytes
 from mgprune.sites import FAMILIES, find_sites
-from mgprune.streams import circuit_logits, differences, nbytes, record, recording_bytes, verify
+from mgprune.streams import prepare
+from mgprune.tree import LEVELS, level_shapes, n_nodes, site_masks
 
 kinds = pytest.mark.parametrize("kind", TINY)
 
@@ -39,8 +42,8 @@ def test_discover(kind, tmp_path):
 
 @kinds
 def test_the_size_of_a_recording_is_known_before(kind):
-    model, batch = tiny(kind), pairs()
-    assert recording_bytes(model, batch) == nbytes(record(model, batch.corrupt, batch.attention_mask))
+    host, batch = host_of(tiny(kind)), pairs()
+    assert recording_bytes(host, batch) == nbytes(record(host, batch.corrupt, batch.attention_mask))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -50,7 +53,7 @@ def test_half_precision_is_exact_at_both_ends(kind, dtype):
     assert model.dtype == dtype
     measured = differences(model)
     assert measured["open"][0] == measured["closed"][0] == 0, measured
-    verify(model)
+    trusted(model)
 
 
 @kinds
@@ -150,7 +153,7 @@ def test_a_part_outside_the_sites_is_refused():
             seen = super().forward(input_ids, attention_mask).logits
             return SimpleNamespace(logits=seen + self.out(self.words(input_ids)).mean(1, keepdim=True))  # reads earlier tokens past every site
 
-    with pytest.raises(InputError, match="closed is off by"): verify(made_up(Leaking))
+    with pytest.raises(InputError, match="closed is off by"): trusted(made_up(Leaking))
 
 
 def test_a_skipped_module_is_refused():
@@ -158,7 +161,7 @@ def test_a_skipped_module_is_refused():
         def forward(self, input_ids, attention_mask):
             return SimpleNamespace(logits=self.out(self.words(input_ids)))
 
-    with pytest.raises(InputError, match="without calling"): verify(made_up(Fused))
+    with pytest.raises(InputError, match="without calling"): trusted(made_up(Fused))
 
 
 def changed(which, change):
@@ -177,7 +180,7 @@ def changed(which, change):
     lambda usual, x, allowed, matrix: usual(x, allowed) * (x @ matrix).sigmoid(),
 ], ids=["a second MLP", "a convolution", "a gate"])
 def test_what_changes_the_residual_stream_outside_the_sites_is_refused(which, change):
-    with pytest.raises(InputError, match="block is off by"): verify(changed(which, change))
+    with pytest.raises(InputError, match="block is off by"): trusted(changed(which, change))
 
 
 def test_a_part_between_two_layers_is_refused():
@@ -186,14 +189,14 @@ def test_a_part_between_two_layers_is_refused():
             for stage in self.stages: x = stage(x, allowed) + x.sin()
             return x
 
-    with pytest.raises(InputError, match="block is off by"): verify(made_up(Between))
+    with pytest.raises(InputError, match="block is off by"): trusted(made_up(Between))
 
 
 def test_a_layer_that_runs_twice_is_refused():
     class Twice(MadeUp):
         def through(self, x, allowed): return super().through(super().through(x, allowed), allowed)
 
-    with pytest.raises(InputError, match="stages.0 .* more than once"): verify(made_up(Twice))
+    with pytest.raises(InputError, match="stages.0 .* more than once"): trusted(made_up(Twice))
 
 
 class Normed(Stage):
@@ -213,7 +216,7 @@ class NormedBeside(Normed):
 
 def test_norms_on_the_residual_stream_are_followed():
     assert holds(made_up(stage=Normed)).n_layers == 2
-    with pytest.raises(InputError, match="block is off by"): verify(made_up(stage=NormedBeside))
+    with pytest.raises(InputError, match="block is off by"): trusted(made_up(stage=NormedBeside))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
@@ -221,7 +224,7 @@ def test_a_model_that_loses_its_attention_mask_is_refused(dtype):
     model = load_model(dtype=dtype)
     usual = model.forward
     model.forward = lambda input_ids, attention_mask, **options: usual(input_ids, **options)
-    with pytest.raises(InputError, match="padded is off by .* attention_mask"): verify(model)
+    with pytest.raises(InputError, match="padded is off by .* attention_mask"): trusted(model)
 
 
 def test_mixed_precision_around_the_model():
@@ -236,7 +239,7 @@ def test_mixed_precision_around_the_model():
         return out
 
     model.forward = forward
-    verify(model)
+    trusted(model)
     assert differences(model)["head"][0] > 1e-4  # it did compute in half precision
 
 
@@ -282,7 +285,7 @@ STRANGE = {
 
 @pytest.mark.parametrize("build", STRANGE.values(), ids=STRANGE)
 def test_a_strange_model_is_refused_in_words(build):
-    with pytest.raises(InputError, match=r"\w+ \w+ \w+ \w+"): verify(build())
+    with pytest.raises(InputError, match=r"\w+ \w+ \w+ \w+"): prepare(build(), pairs())
 
 
 # --- other layers and places
@@ -353,7 +356,7 @@ def test_dispatched_model():
     model = tiny("llama")
     parts = {name: "cpu" for name in ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")}
     holds(accelerate.dispatch_model(model, parts, force_hooks=True))
-    verify(load_model(device={"": "cpu"}))
+    trusted(load_model(device={"": "cpu"}))
 
 
 def test_weights_kept_elsewhere():
@@ -367,16 +370,18 @@ def test_weights_kept_elsewhere():
     assert any(p.is_meta for p in model.parameters())
     routed = tiny("mixtral")
     accelerate.cpu_offload(routed.model.layers[1], execution_device=torch.device("cpu"))
-    with pytest.raises(InputError, match="device_map"): verify(routed)
+    with pytest.raises(InputError, match="device_map"): trusted(routed)
 
 
 def test_masks_and_recordings_follow_their_site():
     "The model is on a device without numbers, the rest is not: each operation refuses tensors that do not lie together"
     model, batch = tiny("opt"), pairs()
-    masks, corrupt = circuit_masks(model), record(model, batch.corrupt, batch.attention_mask, output=True)
+    host, masks = host_of(model), circuit_masks(model)
+    corrupt = record(host, batch.corrupt, batch.attention_mask, output=True)
     model.set_attn_implementation("eager")  # the other looks at the values of its padding mask
-    model, batch = model.to("meta"), batch.to("meta")
-    assert circuit_logits(model, batch, masks, corrupt).device.type == "meta"
+    model.to("meta")
+    batch = batch.to("meta")
+    assert circuit_logits(host, batch, masks, corrupt).device.type == "meta"
     assert batch[torch.tensor([2, 0])].clean.shape == (2, batch.clean.shape[1])
 
 

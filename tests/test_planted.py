@@ -9,9 +9,9 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from mgprune import planted, tasks
 from mgprune.circuit import from_kept, full_circuit
-from mgprune.evaluation import evaluate
+from mgprune.evaluation import auroc, measured, overlap, score
 from mgprune.models import InputError, load_model
-from mgprune.planted import auroc, build, overlap, plant, score
+from mgprune.planted import build, plant
 from mgprune.sites import find_sites
 from mgprune.streams import prepare
 
@@ -27,10 +27,10 @@ def architecture(p): return p.model.config.model_type
 
 
 @pytest.fixture(scope="module")
-def given_pairs(p): return {task: prepare(p.model, tasks.load(p.model, task).batch("test")[:128]) for task in TASKS}
+def given_pairs(p): return {task: prepare(p.model, task, most=128) for task in TASKS}
 
 
-def kl_of(p, kept, examples): return evaluate(p.model, from_kept(kept, find_sites(p.model)), examples)["kl"]
+def kl_of(kept, examples): return measured(from_kept(kept, examples.sites), examples)["kl"]
 
 
 def test_it_is_a_stock_model_and_survives_the_disk(p, tmp_path):
@@ -67,7 +67,7 @@ def test_information_flows_upwards_and_nothing_is_shared(seed, key_heads):
 
 @by_task
 def test_the_model_does_the_task_and_the_truth_is_enough(p, given_pairs, task):
-    m = evaluate(p.model, from_kept(p.truth[task], find_sites(p.model)), given_pairs[task])
+    m = measured(from_kept(p.truth[task], given_pairs[task].sites), given_pairs[task])
     assert m["full_accuracy"] >= .99 and abs(m["faithfulness"] - 1) < .02 and m["kl"] <= .01
     assert m["closed_kl"] > 5
 
@@ -77,7 +77,7 @@ def test_each_true_head_is_needed(p, given_pairs, task):
     for place in p.truth[task]["head"].nonzero().tolist():
         kept = torch.ones_like(p.truth[task]["head"])
         kept[tuple(place)] = False
-        assert kl_of(p, {"head": kept}, given_pairs[task]) > 1
+        assert kl_of({"head": kept}, given_pairs[task]) > 1
 
 
 @by_task
@@ -86,11 +86,11 @@ def test_leaving_out_any_kind_of_true_neuron_hurts(p, given_pairs, task):
         for place in p.truth[task][level].nonzero()[::8].tolist():
             kept = p.truth[task][level].clone()
             kept[tuple(place)] = False
-            assert kl_of(p, {**p.truth[task], level: kept}, given_pairs[task][:64]) > .05
+            assert kl_of({**p.truth[task], level: kept}, given_pairs[task][:64]) > .05
 
 
 def test_the_truth_of_one_task_does_nothing_for_another(p, given_pairs):
-    assert kl_of(p, p.truth["ioi"], given_pairs["gendered_pronoun"]) > 5
+    assert kl_of(p.truth["ioi"], given_pairs["gendered_pronoun"]) > 5
 
 
 def test_too_much_leak_is_refused():

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save
 
 from mgprune import Circuit, load_model
-from mgprune.circuit import FORMAT, as_text, digest, from_scores, readable
+from mgprune.circuit import FORMAT, as_text, from_scores, readable
+from mgprune.files import digest
 from mgprune.models import EMBEDDED, InputError
 from strangers import example, tally
 
@@ -40,8 +41,9 @@ def test_what_is_no_circuit_is_refused(tmp_path, text):
 
 def test_save_refuses_what_load_would(tmp_path):
     circuit = example()
-    for origin in (dict(task=5), dict(seed=1.), dict(pairs=64), dict(settings=None), dict(versions=dict(torch=2.1)), dict(seconds="12 s"), dict(task="\ud800"), {1: 2, "1": 3}):
+    for origin in (dict(task=5), dict(seed=1.), dict(pairs=64), dict(settings=[]), dict(versions=dict(torch=2.1)), dict(seconds="12 s"), dict(task="\ud800"), {1: 2, "1": 3}):
         with pytest.raises(InputError): replace(circuit, provenance=origin).save(tmp_path / "x")
+    assert "settings" not in replace(circuit, provenance=dict(settings=None)).provenance  # None is what is not known
     unclosed = replace(circuit, kept=circuit.kept | dict(head=~circuit.kept["head"]))
     with pytest.raises(InputError, match="not closed"): unclosed.save(tmp_path / "x")
     assert not [*tmp_path.iterdir()]

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from mgprune import Circuit, discover, evaluate, load_model, tasks
+from mgprune.applied import recorded_prompts
 from mgprune.attribution import nap
 from mgprune.circuit import from_kept
+from mgprune.hooks import host_of
 from mgprune.models import InputError
+from mgprune.passes import answer_logits, circuit_logits, record
 from mgprune.sites import find_sites
-from mgprune.streams import answer_logits, circuit_logits, prepare, record, recorded_prompts
+from mgprune.streams import prepare
 from mgprune.training import Recipe
 
 QUICK = Recipe(steps=20)
@@ -38,7 +41,7 @@ def logits(model, task, circuit):
     "What the circuit answers to the test prompts"
     batch = task.batch("test")
     with torch.no_grad():
-        return circuit_logits(model, batch, circuit.masks(), record(model, batch.corrupt, batch.attention_mask))
+        return circuit_logits(host_of(model), batch, circuit.masks(), record(host_of(model), batch.corrupt, batch.attention_mask))
 
 
 def tokens(model, prompts, side):
@@ -86,7 +89,7 @@ def test_a_prompt_with_two_corrupt_twins_is_told_by_its_place(model, task, circu
     batch = task.batch("test")
     twins = replace(batch[[0, 0]], corrupt=batch.corrupt[[0, 1]])
     if (batch.attention_mask[0] != batch.attention_mask[1]).any(): twins = replace(batch[[0, 0]], corrupt=torch.stack([batch.corrupt[0], batch.clean[0]]))
-    expected = circuit_logits(model, twins, circuit.masks(), record(model, twins.corrupt, twins.attention_mask))
+    expected = circuit_logits(host_of(model), twins, circuit.masks(), record(host_of(model), twins.corrupt, twins.attention_mask))
     with torch.no_grad(), circuit.applied(model, twins):
         assert torch.allclose(answer_logits(model, twins.clean, twins.attention_mask), expected, atol=1e-4)
         with pytest.raises(InputError, match="recorded with 2 corrupt prompts"): answer_logits(model, twins.clean[:1], twins.attention_mask[:1])
@@ -94,16 +97,16 @@ def test_a_prompt_with_two_corrupt_twins_is_told_by_its_place(model, task, circu
 
 def test_nothing_is_measured_while_a_circuit_is_applied(model, task, circuit):
     with circuit.applied(model, task):
-        for use in (lambda: evaluate(model, circuit, task), lambda: prepare(model, task.batch("test")), lambda: nap(model, task),
+        for use in (lambda: evaluate(circuit, model, task), lambda: prepare(model, task.batch("test")), lambda: nap(model, task),
                     lambda: circuit.applied(model, task).__enter__(), lambda: discover(model, task, recipe=QUICK, progress=False)):
             with pytest.raises(InputError, match="a circuit is applied to this model"): use()
-    assert evaluate(model, circuit, task)["kl"] > 0
+    assert evaluate(circuit, model, task)["kl"] > 0
 
 
 def test_another_threads_prompts_are_refused(model, task, circuit):
     said = []
     def other():
-        for use in (lambda: model(task.batch("test").clean), lambda: evaluate(model, circuit, task)):
+        for use in (lambda: model(task.batch("test").clean), lambda: evaluate(circuit, model, task)):
             try: said.append(use())
             except InputError as e: said.append(str(e))
     with circuit.applied(model, task):
@@ -145,9 +148,9 @@ def test_a_context_may_be_left_in_another_thread(model, task, circuit):
     context.__exit__(None, None, None)
     said = []
     for _ in range(2):
-        thread = threading.Thread(target=lambda: said.append(evaluate(model, circuit, task)))
+        thread = threading.Thread(target=lambda: said.append(evaluate(circuit, model, task)))
         thread.start(); thread.join()
-    assert said[0] == said[1] == evaluate(model, circuit, task)
+    assert said[0] == said[1] == evaluate(circuit, model, task)
 
 
 def test_a_hook_that_runs_the_model_is_refused(task, circuit):
@@ -158,9 +161,9 @@ def test_a_hook_that_runs_the_model_is_refused(task, circuit):
             try: model(task.batch("test").corrupt[:2])
             finally: running.clear()
     handle = model.transformer.h[2].register_forward_hook(again)
-    with pytest.raises(InputError, match="take the hook off"): evaluate(model, circuit, task)
+    with pytest.raises(InputError, match="take the hook off"): evaluate(circuit, model, task)
     handle.remove()
-    assert evaluate(model, circuit, task)["kl"] > 0
+    assert evaluate(circuit, model, task)["kl"] > 0
 
 
 # --- pairs and examples
@@ -174,10 +177,10 @@ def test_pairs_without_wrong_answers(model, task):
 def test_examples_of_other_weights_are_refused(task, circuit):
     model = load_model()
     examples = prepare(model, task.batch("test"))
-    assert evaluate(model, circuit, examples) == evaluate(model, circuit, task)
+    assert evaluate(circuit, model, examples) == evaluate(circuit, model, task)
     with torch.no_grad(): model.transformer.h[0].attn.c_proj.weight.mul_(2)
     bare = replace(circuit, provenance={})
-    with pytest.raises(InputError, match="other weights"): evaluate(model, bare, examples)
+    with pytest.raises(InputError, match="other weights"): evaluate(bare, model, examples)
     with pytest.raises(InputError, match="other weights"): nap(model, examples)
 
 
@@ -185,7 +188,7 @@ def test_every_use_refuses_a_task_of_another_tokenizer(model, task, circuit):
     other = load_model().tokenizer
     other.add_tokens(["another"])
     foreign = replace(task, tokenizer=other)
-    for use in (lambda: evaluate(model, circuit, foreign), lambda: nap(model, foreign), lambda: circuit.applied(model, foreign).__enter__()):
+    for use in (lambda: evaluate(circuit, model, foreign), lambda: nap(model, foreign), lambda: circuit.applied(model, foreign).__enter__()):
         with pytest.raises(InputError, match="tokenizer of another model"): use()
 
 
@@ -207,7 +210,7 @@ def hooks_of(model): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupt_at_any_registration_leaves_no_hook(task, circuit, monkeypatch, error):
     model, register, calls = load_model(), torch.nn.Module.register_forward_pre_hook, []
-    right = evaluate(model, circuit, task)
+    right = evaluate(circuit, model, task)
     def stopping(self, *args, **named):
         handle = register(self, *args, **named)
         calls.append(1)
@@ -217,10 +220,10 @@ def test_an_interrupt_at_any_registration_leaves_no_hook(task, circuit, monkeypa
         calls.clear()
         with monkeypatch.context() as patch, pytest.raises(error):
             patch.setattr(torch.nn.Module, "register_forward_pre_hook", stopping)
-            with circuit.applied(model, task) if at % 2 else recorded_prompts(model, task.batch("test"), record(model, task.batch("test").corrupt, task.batch("test").attention_mask)): pass
-            evaluate(model, circuit, task)
+            with circuit.applied(model, task) if at % 2 else recorded_prompts(model, task.batch("test"), record(host_of(model), task.batch("test").corrupt, task.batch("test").attention_mask)): pass
+            evaluate(circuit, model, task)
         assert hooks_of(model) == 0
-    assert evaluate(model, circuit, task) == right
+    assert evaluate(circuit, model, task) == right
 
 
 # --- switches of torch

@@ -4,6 +4,7 @@ import inspect
 import json
 import random
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -12,15 +13,18 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mgprune import tasks
+from mgprune import reading, tasks
 from mgprune.corruption import CORRUPTIONS, corruption_named, random_tokens
 from mgprune.files import digest
-from mgprune.masks import level_shapes, site_masks
+from mgprune.tree import level_shapes, site_masks
 from mgprune.models import InputError, cache_folder, load_model
 from mgprune.objective import is_right, logit_difference, probability_difference
 from mgprune.sites import find_sites
-from mgprune.streams import all_masked_logits, answer_logits, example_bytes, fitting_size, prepare
-from mgprune.tasks import Batch, Pair, Task
+from mgprune.hooks import host_of
+from mgprune.passes import answer_logits, example_bytes, fitting_size
+from mgprune.streams import prepare
+from mgprune.tasks import Batch, Drawn, Pair, Task, templated
+from mgprune.words import CAPITALS, EVENTS, FEMALE, FOLLOWING, MALE, NEUTRAL, NOUNS, PLACES, ROLES, THINGS, TRAITS
 
 UNREADABLE = ("successor",)                      # by the embedded model's tokenizer
 UNLEARNED = ("addition", "multiple_choice")      # by the embedded model
@@ -56,15 +60,38 @@ def worded(words, **settings):
 def every_word():
     texts = " ".join(tasks.IOI_TEMPLATES + tasks.YEAR_TEMPLATES + tasks.PRONOUN_TEMPLATES + tasks.AGREEMENT_TEMPLATES +
                      (tasks.CAPITAL_TEMPLATE, tasks.SUCCESSOR_TEMPLATE, tasks.CHOICE_TEMPLATE, "she he is are comes isn wasn List"))
-    pools = (tasks.FEMALE, tasks.MALE, tasks.NEUTRAL, tasks.PLACES, tasks.THINGS, tasks.EVENTS, tasks.TRAITS, tasks.ROLES,
-             tasks.NOUNS, tasks.NOUNS.values(), tasks.CAPITALS, tasks.CAPITALS.values(), tasks.FOLLOWING, tasks.FOLLOWING.values())
+    pools = (FEMALE, MALE, NEUTRAL, PLACES, THINGS, EVENTS, TRAITS, ROLES,
+             NOUNS, NOUNS.values(), CAPITALS, CAPITALS.values(), FOLLOWING, FOLLOWING.values())
     words = [w.strip("?,:.") for w in texts.split()]
     return [f" {w}" for w in words if w.isalpha()] + words + [f" {w}" for words in pools for w in words]
+
+
+# of all pairs that seed 0 gives, as they were before the built-in tasks were written with `templated`
+ALL_PAIRS = {
+    "ioi unrelated_names": "6d8ef74ea8383a85",
+    "ioi swap_subject": "67a47b965c306e8e",
+    "greater_than year_01": "8901375d785036f6",
+    "greater_than decade_start": "c4788e7e553afee6",
+    "gendered_pronoun other_gender": "8173b2f72d892f30",
+    "gendered_pronoun neutral_word": "d39469f4673f0a4e",
+    "subject_verb_agreement other_number": "e6e4ba76608c5805",
+    "docstring unrelated_words": "573972a674e94702",
+    "docstring swap_listed": "40b0886c6d0d0b5e",
+    "induction unrelated_words": "8222d53b764e294c",
+    "induction swap_listed": "670228b8f3de1def",
+    "capital other_question": "409953abebe6cc7d",
+    "addition other_question": "d59c609426926dee",
+    "multiple_choice other_question": "f7812a60e0e0683c",
+    "multiple_choice swap_listed": "b60b94f747cf0d73"}
+
+
+def drawn(task): return digest(repr([(p.clean, p.corrupt, p.answer, p.wrong) for part in splits(task) for p in part]).encode())
 
 
 @pytest.mark.parametrize("name, corruption", BUILT_IN)
 def test_built_in_task(model, name, corruption):
     task = tasks.load(model, name, corruption=corruption)
+    assert drawn(task) == ALL_PAIRS[f"{name} {corruption}"]
     prompts = [{p.clean for p in part} for part in splits(task)]
     assert sum(map(len, prompts)) == len(set.union(*prompts)) and sum(map(len, splits(task))) >= 512 and len(task.test) >= 100
     if name not in ("capital", "subject_verb_agreement"): assert [len(part) for part in splits(task)] == [2048, 512, 512]
@@ -111,8 +138,7 @@ DRAWN = {
 @pytest.mark.parametrize("name", DRAWN)
 def test_a_seed_goes_on_giving_the_pairs_it_gave(model, name):
     task, corruption = name.split()
-    drawn = [(p.clean, p.corrupt, p.answer, p.wrong) for part in splits(tasks.load(model, task, corruption=corruption, n=(8, 8, 8))) for p in part]
-    assert digest(repr(drawn).encode()) == DRAWN[name]
+    assert drawn(tasks.load(model, task, corruption=corruption, n=(8, 8, 8))) == DRAWN[name]
 
 
 @pytest.mark.parametrize("name, corruption", KNOWN)
@@ -162,17 +188,82 @@ def test_successor_and_choice_with_a_tokenizer_that_knows_the_words():
     task = tasks.successor(knows)
     for pair in task.train + task.test:
         word = lambda text: text.split()[2].rstrip(",")
-        assert pair.answer == (f" {tasks.FOLLOWING[word(pair.clean)]}",) and pair.wrong == (f" {tasks.FOLLOWING[word(pair.corrupt)]}",)
+        assert pair.answer == (f" {FOLLOWING[word(pair.clean)]}",) and pair.wrong == (f" {FOLLOWING[word(pair.corrupt)]}",)
     for corruption in tasks.FITTING["multiple_choice"]:
         for pair in tasks.multiple_choice(knows, corruption=corruption, n=SMALL).test:
             for text, (letter,) in ((pair.clean, pair.answer), (pair.corrupt, pair.wrong)):
                 assert f"{text.split()[-2]} ({letter})" in text
 
 
+# --- templates of one's own
+
+def some_person(pool, rng):
+    gender, answer, wrong = rng.choice((("female", " she", " he"), ("male", " he", " she")))
+    return Drawn(dict(name=rng.choice(pool[gender])), answer, wrong)
+
+
+OWN = dict(name="reason", templates=["Yesterday {name} went to the store because"], draw=some_person, corruption="other_gender", n=(12, 4, 4))
+
+
+def test_a_templated_task_has_what_was_drawn(model):
+    task = templated(model, **OWN)
+    assert [len(part) for part in splits(task)] == [12, 4, 4] and (task.name, task.corruption, task.seed) == ("reason", "other_gender", 0)
+    assert task == templated(model, **OWN) != templated(model, **OWN, seed=1)
+    for pair in task.train:
+        names = [text.split()[1] for text in (pair.clean, pair.corrupt)]
+        assert (names[0] in FEMALE, names[1] in FEMALE) == (pair.answer == (" she",), pair.wrong == (" she",)) and pair.clean.replace(*names) == pair.corrupt
+    def someone(slots, pool, rng): return dict(slots, name=pool["people"][0])
+    own = templated(model, **OWN | dict(corruption=someone), words=dict(people=["Annabel", "someone"]))
+    assert own.corruption == "someone" and {p.corrupt for p in own.test} == {"Yesterday someone went to the store because"}
+
+
+def test_a_key_occurs_once_and_parts_ask_apart(model):
+    def capital(pool, rng):
+        asked = rng.choice(pool["asked"])
+        return Drawn(dict(asked=asked, other="Japan"), f" {CAPITALS[asked]}", key=(asked,))
+    countries = [c for c in tasks.word_pool(model)["countries"] if c != "Japan"]
+    task = templated(model, "towns", ["The capital of {asked} is", "The capital of {asked} is"], capital, "other_question", n=(8, 4, 4), asked=countries)
+    answers = [p.answer for part in splits(task) for p in part]
+    assert len({*answers}) == len(answers) == 16
+    with pytest.raises(InputError, match="only [0-9]+ different prompts found, 100 asked for"):
+        templated(model, "towns", ["The capital of {asked} is"], capital, "other_question", n=(100, 4, 4), asked=countries)
+
+
+def test_letters_in_a_row_may_be_meant(model):
+    spelt = OWN | dict(templates=["Zxqvw {name} went"])
+    with pytest.raises(InputError, match="reason does not fit this tokenizer, which spells words out in letters"): templated(model, **spelt)
+    assert len(templated(model, **spelt, letters=True).train) == 12
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(draw=None), "draw=None: expected a function"), (dict(draw="some_person"), "draw='some_person': expected a function"),
+    (dict(draw=lambda pool, rng: (dict(name="Mary"), " she")), "what draw returns=.*: expected a Drawn"),
+    (dict(draw=lambda pool, rng: None), "what draw returns=None: expected a Drawn"),
+    (dict(draw=lambda pool, rng: Drawn(dict(name="Mary"), " she", key=[])), "key=.*: expected"),
+    (dict(draw=lambda pool, rng: Drawn(dict(name="Mary"), " she", key=([],))), "key=.*: expected"),
+    (dict(draw=lambda pool, rng: Drawn({1: "Mary"}, " she")), "slots=.*: expected a dictionary"),
+    (dict(draw=lambda pool, rng: Drawn(dict(name="Mary"), ())), "answer=.*: expected one or more texts"),
+    (dict(draw=lambda pool, rng: Drawn(dict(name=rng.choice(pool["female"])), " xylophonist")), "the token after the|is not one token"),
+    (dict(corruption=None), "corruption=None: expected"), (dict(corruption="other"), "unknown corruption 'other'.*other_gender"),
+    (dict(corruption="swap_listed"), "the slot right, other is missing"), (dict(corruption=lambda slots, pool, rng: 3), "what the corruption returns=3: expected"),
+    (dict(corruption=lambda slots, pool, rng: {}), "cannot be filled"), (dict(corruption=lambda slots, pool, rng: slots), "only 0 different prompts"),
+    (dict(templates="Then {name}"), "expected one or more texts in a list"), (dict(templates=[]), "expected one or more texts in a list"),
+    *((dict(templates=[bad]), r"the template .* cannot be filled with the slots \['name'\]: expected their names in braces")
+      for bad in ("{nam} met", "{} met", "{0} met", "{name met", "name} met", "{name.first} met", "{name!x} met", "{name[first]} met", "{name:d} met")),
+    (dict(words=dict(people=["Annabel"])), "fewer than 1 of the words for people"), (dict(words=["Mary"]), "expected lists of words by name"),
+    (dict(needs=dict(female=1000)), "fewer than 1000 of the words for female"), (dict(needs=dict(people=1)), "no list 'people' in the pool; expected female"),
+    (dict(needs=dict(female=0)), "expected numbers of at least 1"), (dict(asked=["a", "b"]), "asked=.*: expected at least 3"),
+])
+def test_templates_that_do_not_fit_are_refused(model, change, message):
+    with pytest.raises(InputError, match=message): templated(model, **OWN | change)
+
+
+# --- other tokenizers
+
 def test_a_tokenizer_that_spells_words_out_is_refused(model):
     with pytest.raises(InputError, match="successor does not fit this tokenizer, which spells words out in letters"): tasks.successor(model)
     with pytest.raises(InputError, match="none of the verbs"): tasks.subject_verb_agreement(worded([]))
-    with pytest.raises(InputError, match="fewer than 20 of the built-in words for words"): tasks.induction(worded([]))
+    with pytest.raises(InputError, match="fewer than 20 of the words for words are one token"): tasks.induction(worded([]))
     glued = worded(every_word() + [f"({c}" for c in "ABC"], split=r" ?[A-Za-z]+| ?\([ABC]|[0-9]| |[^A-Za-z0-9 ]")
     with pytest.raises(InputError, match="does not read the answer '[ABC]' as the token after the prompt"): tasks.multiple_choice(glued)
 
@@ -206,11 +297,11 @@ def test_years_follow_the_tokenizer(split, ending):
 def test_other_tokenizers_are_refused():
     with pytest.raises(InputError, match="greater_than needs the last two digits"):
         tasks.greater_than(worded(every_word() + [" 1732"], split=r" ?[A-Za-z0-9]+| |[^A-Za-z0-9 ]"))
-    with pytest.raises(InputError, match="fewer than 3 of the built-in words for .*female.*from_pairs"): tasks.ioi(worded([]))
+    with pytest.raises(InputError, match="fewer than 3 of the words for .*female.*from_pairs"): tasks.ioi(worded([]))
 
 
 def test_few_names_give_few_prompts():
-    few = worded([w for w in every_word() if w.strip() not in tasks.FEMALE[3:] + tasks.MALE[3:]])
+    few = worded([w for w in every_word() if w.strip() not in FEMALE[3:] + MALE[3:]])
     assert len(tasks.ioi(few, n=(5, 5, 5)).train) == 5
     with pytest.raises(InputError, match="only 15 different prompts found, 16 asked for"): tasks.ioi(few, n=(5, 5, 6))
 
@@ -238,7 +329,7 @@ def write(path, rows):
     if path.suffix == ".jsonl": path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     else:
         with path.open("w", newline="", encoding="utf-8") as file:
-            out = csv.DictWriter(file, tasks.FIELDS)
+            out = csv.DictWriter(file, reading.FIELDS)
             out.writeheader()
             out.writerows({k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()} for row in rows)
     return path
@@ -412,14 +503,14 @@ def test_random_tokens_keep_length_and_end(model, seed):
 
 # --- prompts of different lengths
 
-WORDS = st.lists(st.sampled_from(tasks.PLACES + tasks.THINGS), min_size=1, max_size=12)
+WORDS = st.lists(st.sampled_from(PLACES + THINGS), min_size=1, max_size=12)
 
 
 @given(st.lists(WORDS, min_size=1, max_size=6), st.randoms(use_true_random=False))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_two_prompts_of_a_pair_always_stand_side_by_side(model, prompts, rng):
     text = lambda words: " ".join(("List:", *words))
-    pairs = [Pair(text(words), text(rng.choices(tasks.THINGS, k=len(words))), " book") for words in prompts]
+    pairs = [Pair(text(words), text(rng.choices(THINGS, k=len(words))), " book") for words in prompts]
     batch = tasks.encode(pairs, model)
     assert batch.clean.shape == batch.corrupt.shape == batch.attention_mask.shape
     for i, pair in enumerate(pairs):
@@ -438,12 +529,12 @@ def test_pairs_of_different_length_answer_as_they_do_alone(model):
     lengths = task.batch("train").attention_mask.sum(-1)
     assert len(lengths.unique()) > 2
     together = prepare(model, task.batch("train"))
-    logits = all_masked_logits(model, together, masks)
+    logits = together.logits(masks)
     for i, pair in enumerate(task.train):
         alone = prepare(model, tasks.encode([pair], model))
         assert alone.batch.attention_mask.all()
         assert torch.allclose(alone.full[0], together.full[i], atol=1e-4) and torch.allclose(alone.closed[0], together.closed[i], atol=1e-4)
-        assert torch.allclose(all_masked_logits(model, alone, masks)[0], logits[i], atol=1e-4)
+        assert torch.allclose(alone.logits(masks)[0], logits[i], atol=1e-4)
 
 
 def test_a_long_prompt_is_refused_by_what_the_model_takes(model):
@@ -547,8 +638,8 @@ def test_the_template_of_smollm2():
     real = AutoTokenizer.from_pretrained(SMOLLM2)
     said = [dict(role="user", content="What is the capital of France?")]
     assert tasks.read_prompt(tasks.chat(said[0]["content"], real), real) == real.apply_chat_template(said, add_generation_prompt=True).input_ids
-    pairs = [Pair(*(tasks.chat(f"What is the capital of {c}?", real, f"The capital of {c} is") for c in two), f" {tasks.CAPITALS[two[0]]}",
-                  f" {tasks.CAPITALS[two[1]]}") for two in (("France", "Japan"), ("Japan", "Italy"), ("Italy", "France"))]
+    pairs = [Pair(*(tasks.chat(f"What is the capital of {c}?", real, f"The capital of {c} is") for c in two), f" {CAPITALS[two[0]]}",
+                  f" {CAPITALS[two[1]]}") for two in (("France", "Japan"), ("Japan", "Italy"), ("Italy", "France"))]
     task = tasks.from_pairs(real, pairs)
     tokens = real.convert_ids_to_tokens(task.batch("train").clean[0])
     assert tokens.count("<|im_start|>") == 3 and tokens[-1] == "\u0120is" and tokens.count("<|im_end|>") == 2
@@ -559,10 +650,10 @@ def test_the_template_of_smollm2():
 
 def test_the_batch_is_smaller_where_memory_is_short(model, monkeypatch):
     examples = prepare(model, tasks.ioi(model, n=SMALL).batch("test"))
-    each, seen = example_bytes(model, examples.batch), []
+    each, seen = example_bytes(examples.host, examples.batch), []
     for free, size in ((1, 1), (10 * each, 5), (1 << 60, 32)):
-        monkeypatch.setattr("mgprune.streams.free_bytes", lambda device: free)
-        assert fitting_size(model, examples.batch) == size
+        monkeypatch.setattr("mgprune.passes.free_bytes", lambda device: free)
+        assert fitting_size(examples.host, examples.batch) == size
         hook = model.register_forward_pre_hook(lambda module, args, named: seen.append(len(named["input_ids"])), with_kwargs=True)
         again = prepare(model, examples.batch)
         hook.remove()
@@ -581,7 +672,7 @@ def test_the_estimate_covers_what_a_pass_takes(attention, length):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run: prepare(model, batch, batch_size=16)
     events = sorted((e for e in run.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
     held = torch.tensor([e.nbytes() for e in events]).cumsum(0)
-    assert held.max() / 16 < example_bytes(model, batch) < 6 * held.max() / 16
+    assert held.max() / 16 < example_bytes(host_of(model), batch) < 6 * held.max() / 16
 
 
 def test_the_command_line_lists_tasks_and_corruptions(capsys):
@@ -759,6 +850,9 @@ def calls(model):
         (tasks.read_prompt, dict(text="Then", tokenizer=model.tokenizer)), (tasks.answer_id, dict(text=" Mary", tokenizer=model.tokenizer)),
         (tasks.pieces, dict(model=model, text="Then")), (tasks.one_token, dict(model=model, words=["Mary"], before=" ")), (tasks.encode, dict(pairs=[pair], model=model)),
         (tasks.cut_before, dict(text="Then Mary met", answer=" met", model=model, which=-1)), (tasks.chat, dict(question="a", model=talking(), reply="b", system="c")),
+        (partial(templated, draw=some_person, corruption=CORRUPTIONS["other_gender"]), dict(
+            {name: OWN[name] for name in ("name", "templates")}, model=model, n=(1, 1, 1), seed=0, words={}, needs={}, asked=None, letters=False)),
+        (Drawn, dict(slots=dict(name="Mary"), answer="a", wrong="b", key="c")),
         (tasks.read_pairs, dict(source=ROWS, model=model, skip=False)), (tasks.from_pairs, dict(model=model, pairs=ROWS, name="a", corruption="b", seed=0, skip=False)),
         (tasks.load, dict(model=model, name="ioi", n=(1, 1, 1), seed=0, corruption="swap_subject")), (tasks.word_pool, dict(model=model.tokenizer)),
         *((make, dict(model=model, corruption=tasks.FITTING[name][0], n=(1, 1, 1), seed=0)) for name, make in tasks.BUILT_IN.items()),

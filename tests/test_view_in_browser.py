@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mgprune.circuit import Circuit, from_kept, from_scores, lowest
-from mgprune.masks import LEVELS, level_shapes
+from mgprune.circuit import Circuit, from_kept, from_scores
 from mgprune.models import load_model
 from mgprune.sites import Sites, find_sites
+from mgprune.tree import FINEST, LEVELS, NEURONS, TREE, level_shapes, lowest
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -31,7 +31,7 @@ def browser():
 
 def circuit_of(sites, levels, threshold=.3):
     torch.manual_seed(0)
-    scores = {l: 2 * torch.randn(s) + (1 if "_" not in l else -1) for l, s in level_shapes(sites, levels).items()}
+    scores = {l: 2 * torch.randn(s) + (-1 if l in FINEST.values() else 1) for l, s in level_shapes(sites, levels).items()}
     metrics = dict(kl=.093, accuracy=.98, full_accuracy=1.)
     return from_scores(scores, sites, threshold, dict(model="embedded", task="ioi", metrics=metrics))
 
@@ -56,9 +56,10 @@ def opened(browser, tmp_path):
 
 
 def counts(page):
-    "The table of counts, level -> (kept, total)"
-    rows = page.locator("#counts tr").evaluate_all("rows => rows.map(r => [r.dataset.level, r.cells[1].textContent, r.cells[2].textContent])")
-    return {level: (int(kept.replace(",", "")), int(total.replace(",", ""))) for level, kept, total in rows}
+    "The table of counts, level -> (kept, total), each level with its name in words"
+    rows = page.locator("#counts tr").evaluate_all("rows => rows.map(r => [r.dataset.level, ...[...r.cells].map(c => c.textContent)])")
+    assert all(spoken == TREE[level].spoken for level, spoken, *_ in rows)
+    return {level: (int(kept.replace(",", "")), int(total.replace(",", ""))) for level, _, kept, total, _ in rows}
 
 
 def slide(page, value):
@@ -71,7 +72,7 @@ def test_the_slider_applies_the_rules_of_closure(opened, levels):
     circuit = circuit_of(sites, levels)
     page = opened(circuit)
     assert counts(page) == circuit.counts()
-    ranked = torch.cat([s.flatten() for l, s in lowest(circuit.scores, sites).items() if l != "mlp_output"]).sort(descending=True).values
+    ranked = torch.cat([s.flatten() for l, s in lowest(circuit.scores, sites).items() if l in NEURONS]).sort(descending=True).values
     for value in (0, 150, 400, 600, 850, 1000):
         slide(page, value)
         n = round(float(torch.exp(torch.tensor(value / 1000, dtype=torch.double) * torch.log(torch.tensor(len(ranked) + 1., dtype=torch.double))))) - 1

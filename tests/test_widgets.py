@@ -1,19 +1,25 @@
 """The explorer without a browser: every control does to the circuit, and to the answers, what the slow way says."""
+import html
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mgprune import Circuit, load_model, tasks
-from mgprune.circuit import from_kept, from_scores
-from mgprune.masks import close, level_shapes
-from mgprune.models import InputError, fingerprint
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from mgprune import Circuit, evaluate, load_model, tasks
+from mgprune.ablations import ABLATIONS
+from mgprune.arguments import InputError
+from mgprune.circuit import from_kept, from_scores, full_circuit
+from mgprune.models import fingerprint
+from mgprune.pairs import encode
+from mgprune.passes import answer_logits
 from mgprune.sites import find_sites
-from mgprune.streams import answer_logits
-from mgprune.tasks import encode
-from mgprune.widgets import Choice, chosen, explore, frozen_html, is_kept, toggled
+from mgprune.tree import LEVELS, at_level, close, level_shapes, lowest
+from mgprune.widgets import Choice, answer, chosen, clickable, explore, frozen_html, is_kept, limits, node_rows, toggled
 
 MODEL = load_model()
 SITES = find_sites(MODEL)
@@ -31,17 +37,20 @@ CIRCUIT = made()
 NODES = [("block", l) for l in range(4)] + [("mlp", l) for l in range(4)] + [("head", l, h) for l in range(4) for h in range(4)]
 
 
-def applied_probability(circuit, pair):
+def applied_probability(circuit, pair, ablation=None, reference=TASK):
     "Probability of the right answer when the circuit is applied, as the view writes it"
     batch = encode([pair], MODEL)
-    with torch.no_grad(), circuit.applied(MODEL, batch): logits = answer_logits(MODEL, batch.clean, batch.attention_mask)
+    with torch.no_grad(), circuit.applied(MODEL, batch, ablation, reference): logits = answer_logits(MODEL, batch.clean, batch.attention_mask)
     return f"{logits[0].softmax(-1)[batch.answer[0, 0]].item():.2%}"
 
 
-def shown_probability(view):
-    "The same, read from the view: the second number of the row of the right answer"
+def shown_probabilities(view):
+    "The same, read from the view: the numbers in the row of the right answer"
     row = view.answers.value.split(">right<")[1].split("</tr>")[0]
-    return row.split('%)">')[2].split("<")[0]
+    return [part.split("<")[0] for part in row.split('%)">')[1:]]
+
+
+def shown_probability(view): return shown_probabilities(view)[1]
 
 
 @pytest.fixture
@@ -54,18 +63,20 @@ def test_opened_as_it_is(view):
     assert set(view.nodes) == set(NODES) and shown_probability(view) == applied_probability(CIRCUIT, TASK.test[0])
 
 
-def test_every_control_shows_what_applied_computes(view):
+@pytest.mark.parametrize("kinds", [("node", "node", "threshold", "most", "prompt"), ("node", "threshold", "ablation", "prompt", "ablation")])
+def test_every_control_shows_what_applied_computes(view, kinds):
     rng, seen = random.Random(0), set()
     for _ in range(12):
-        kind = rng.choice(("node", "node", "threshold", "most", "prompt"))
+        kind = rng.choice(kinds)
         if kind == "node":
             button = view.nodes[rng.choice(NODES)]
             button.value = not button.value
         elif kind == "threshold": view.threshold.index = rng.randrange(len(view.threshold.options))
         elif kind == "most": view.most["mlp_neuron"].value = rng.choice((100, 800, 2048))
-        else: view.prompt.value = rng.randrange(6)
+        elif kind == "prompt": view.prompt.value = rng.randrange(6)
+        else: view.ablation.value = rng.choice(("corrupt", "mean", "zero"))
         assert view.circuit == chosen(CIRCUIT, view.choice)
-        assert shown_probability(view) == applied_probability(view.circuit, TASK.test[view.prompt.value])
+        assert shown_probability(view) == applied_probability(view.circuit, TASK.test[view.prompt.value], view.ablation.value)
         assert {n for n, b in view.nodes.items() if b.value} == {n for n in NODES if is_kept(view.circuit, n)}
         seen.add(shown_probability(view))
     assert len(seen) > 4
@@ -75,9 +86,88 @@ def test_the_columns_are_full_circuit_and_corrupt(view):
     batch = encode([TASK.test[0]], MODEL)
     with torch.no_grad(): full, corrupt = (answer_logits(MODEL, ids, batch.attention_mask)[0].softmax(-1)[batch.answer[0, 0]].item()
                                            for ids in (batch.clean, batch.corrupt))
-    row = view.answers.value.split(">right<")[1].split("</tr>")[0].split('%)">')
-    numbers = [part.split("<")[0] for part in row[1:]]
-    assert numbers[0] == f"{full:.2%}" and numbers[2] == f"{corrupt:.2%}"
+    numbers = shown_probabilities(view)
+    assert numbers[0] == f"{full:.2%}" and numbers[2] == f"{corrupt:.2%}" and ">corrupt prompt<" in view.answers.value
+
+
+# --- the ablation
+
+LONG = tasks.ioi(MODEL, n=(64, 8, 8))  # with pairs of every length to take other prompts from
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_the_last_column_is_a_circuit_without_nodes(ablation):
+    view = explore(CIRCUIT, MODEL, LONG, ablation=ablation)
+    full, circuit, last = shown_probabilities(view)
+    nothing = from_kept({"block": torch.zeros(4, dtype=torch.bool)}, SITES)
+    for shown, applied in ((full, full_circuit(SITES)), (circuit, CIRCUIT), (last, nothing)):
+        assert shown == applied_probability(applied, LONG.test[0], ablation, LONG)
+    assert (">corrupt prompt<" in view.answers.value) == (ablation == "corrupt") == (">all ablated<" not in view.answers.value)
+    said = html.unescape(view.held.value)
+    assert (LONG.test[0].corrupt in said) == (ablation == "corrupt") == (ABLATIONS[ablation].__doc__ not in said)
+
+
+def test_the_ablations_that_are_offered_are_those_that_are_possible():
+    assert view_options(TASK) == [*ABLATIONS]
+    for pairs in (TASK.test[0], TASK.test, list(TASK.valid)): assert view_options(pairs) == ["corrupt", "zero"]
+    for wrong in ("mean", "resample", "mean_by_position"):
+        with pytest.raises(InputError, match="needs reference pairs"): explore(CIRCUIT, MODEL, TASK.test, ablation=wrong)
+    with pytest.raises(InputError, match="expected one of corrupt"): explore(CIRCUIT, MODEL, TASK, ablation="noise")
+
+
+def view_options(pairs): return list(explore(CIRCUIT, MODEL, pairs).ablation.options)
+
+
+def test_it_starts_with_the_ablation_that_the_circuit_was_found_with():
+    found = from_scores(CIRCUIT.scores, SITES, 1., ORIGIN | dict(ablation="mean"))
+    view = explore(found, MODEL, TASK)
+    assert view.ablation.value == "mean" and view.choice == Choice() and view.circuit is found
+    assert shown_probability(view) == applied_probability(CIRCUIT, TASK.test[0], "mean") != applied_probability(CIRCUIT, TASK.test[0], "corrupt")
+    other = found.explore(MODEL, TASK, ablation="zero")
+    assert other.ablation.value == "zero" and other.choice == Choice(ablation="zero")
+    other.ablation.value = "corrupt"
+    other.reset_button.click()
+    assert other.ablation.value == "zero" and shown_probability(other) == applied_probability(CIRCUIT, TASK.test[0], "zero")
+
+
+def test_an_ablation_of_your_own():
+    def half(host, pairs, reference, output): return ABLATIONS["corrupt"](host, pairs, reference, output).map(lambda t: t / 2)
+    view = explore(CIRCUIT, MODEL, TASK.test, ablation=half)
+    assert list(view.ablation.options) == ["corrupt", "zero", "half"] and view.ablation.value == "half" and "what half returns" in view.held.value
+    assert shown_probability(view) == applied_probability(CIRCUIT, TASK.test[0], half)
+    assert view.circuit.provenance.ablation == "half"
+
+
+def test_a_mean_is_computed_once(monkeypatch):
+    asked, mean = [], ABLATIONS["mean"]
+    def counted(*of): asked.append(of); return mean(*of)
+    monkeypatch.setattr("mgprune.widgets.mean", counted)
+    monkeypatch.setitem(ABLATIONS, "mean", counted)
+    view = explore(CIRCUIT, MODEL, TASK)
+    view.ablation.value = "counted" if "counted" in view.ablation.options else "mean"
+    for i in range(1, 4):
+        view.prompt.value = i
+        assert shown_probability(view) == applied_probability(CIRCUIT, TASK.test[i], mean)
+    assert len(asked) == 1
+
+
+def test_an_ablation_or_a_prompt_that_is_refused_is_told_and_the_control_goes_back():
+    def length(pair): return len(MODEL.tokenizer(pair.clean).input_ids)
+    one = length(LONG.test[0])
+    few = replace(LONG, train=tuple(pair for pair in LONG.train if length(pair) == one))
+    fitting = [length(pair) == one for pair in LONG.test]
+    view = explore(CIRCUIT, MODEL, few)
+    view.prompt.value = fitting.index(False)
+    before = view.answers.value
+    view.ablation.value = "mean_by_position"
+    assert view.ablation.value == "corrupt" and "needs a reference pair of" in view.message.value and view.answers.value == before
+    assert view.circuit is CIRCUIT and view.choice == Choice()
+    view.ablation.value = "mean"
+    assert view.message.value == "<div></div>" and view.answers.value != before
+    view.prompt.value, view.ablation.value = fitting.index(True), "mean_by_position"
+    view.prompt.value = fitting.index(False)
+    assert view.prompt.value == fitting.index(True) and "needs a reference pair of" in view.message.value
+    assert shown_probability(view) == applied_probability(CIRCUIT, few.test[fitting.index(True)], "mean_by_position", few)
 
 
 # --- the choice
@@ -136,6 +226,37 @@ def test_other_levels(levels):
     assert shown_probability(view) == applied_probability(view.circuit, TASK.test[0])
 
 
+def test_every_level_that_holds_others_has_buttons():
+    circuit = from_kept({l: torch.rand(s, generator=torch.Generator().manual_seed(1)) > .1 for l, s in level_shapes(SITES, LEVELS).items()}, SITES)
+    assert clickable(circuit) == ("block", "attention", "group", "head", "mlp")
+    view = explore(circuit, MODEL, TASK)
+    groups = [node for node in view.nodes if node[0] == "group"]
+    assert len(groups) == SITES.n_layers * SITES.n_groups and len(view.nodes) == sum(map(len, node_rows(circuit)))
+    for node in (("attention", 1), ("group", 2, 0), ("block", 3), ("head", 1, 2)):
+        was = is_kept(view.circuit, node)
+        view.nodes[node].value = not was
+        assert is_kept(view.circuit, node) != was and shown_probability(view) == applied_probability(view.circuit, TASK.test[0])
+    for node in (("attention", 0), *groups[:2]):
+        kept = {l: k.clone() for l, k in circuit.kept.items()}
+        kept[node[0]][node[1:]] = False
+        if is_kept(circuit, node): assert chosen(circuit, Choice(edits={node: False})) == from_kept(kept, SITES)
+
+
+def test_experts_can_be_limited_but_not_clicked():
+    config = MixtralConfig(vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                           num_local_experts=4, num_experts_per_tok=2)
+    sites = find_sites(MixtralForCausalLM(config))
+    noise = torch.Generator().manual_seed(0)
+    circuit = from_scores({l: torch.randn(s, generator=noise) + 2 for l, s in level_shapes(sites).items()}, sites, 1.)
+    assert "expert" in circuit.kept and "expert" not in clickable(circuit) and limits(circuit)["expert"] == "experts"
+    few = chosen(circuit, Choice(most=dict(expert=3)))
+    assert len(few.experts()) == 3
+    ranks = lowest(circuit.scores, sites)["mlp_neuron"].masked_fill(~circuit.kept["mlp_neuron"], -torch.inf)
+    marks = {node: torch.zeros(sites.n_layers, sites.n_experts).index_put((torch.tensor(node[0]), torch.tensor(node[1])), torch.tensor(1.)) for node in circuit.experts()}
+    best = {node: ranks[at_level(mark, "expert", "mlp_neuron", sites) > 0].max().item() for node, mark in marks.items()}
+    assert {*few.experts()} == {*sorted(best, key=best.get)[-3:]}
+
+
 def test_without_scores_nodes_can_still_be_closed():
     circuit = from_kept(CIRCUIT.kept, SITES, provenance=dict(ORIGIN))
     view = explore(circuit, MODEL, TASK)
@@ -157,12 +278,25 @@ def test_saved_with_what_was_done_and_without_old_measures(view, tmp_path):
     view.path.value = f"{tmp_path}/new/edited.json"
     view.save_button.click()
     again = Circuit.load(tmp_path / "new/edited.json", MODEL)
-    assert again == view.circuit and view.message.value.startswith("<div>saved")
+    assert again == view.circuit and view.message.value.startswith("<div>saved") and again.provenance.ablation == "corrupt"
     assert not {"metrics", "history"} & set(again.provenance) and again.provenance["edited"][0]["edits"][0][:2] == ["mlp", 0]
     reopened = explore(again, MODEL, TASK)  # its slider goes over the same scores
     assert reopened.circuit == view.circuit and len(reopened.threshold.options) > 10
     reopened.nodes["mlp", 1].value = not reopened.nodes["mlp", 1].value
     assert len(reopened.circuit.provenance["edited"]) == 2
+
+
+def test_the_saved_circuit_says_the_ablation_that_was_selected(view, tmp_path):
+    view.ablation.value = "mean"
+    view.nodes["mlp", 0].value = not view.nodes["mlp", 0].value
+    view.path.value = f"{tmp_path}/edited.json"
+    view.save_button.click()
+    again = Circuit.load(tmp_path / "edited.json", MODEL)
+    assert again.provenance.ablation == "mean" == again.provenance.notes["edited"][0]["ablation"] and again == view.circuit
+    assert evaluate(again, MODEL, TASK) == {k: v for k, v in evaluate(again, MODEL, TASK, "mean").items() if k != "ablation"}
+    reopened = explore(again, MODEL, TASK)  # with the same ablation
+    assert reopened.ablation.value == "mean" and reopened.choice == Choice() and reopened.answers.value == view.answers.value
+    assert CIRCUIT.provenance == ORIGIN  # the circuit that was opened says what it said
 
 
 def test_a_path_that_cannot_be_written_is_told(view, tmp_path):
@@ -183,7 +317,7 @@ def test_as_opened_undoes_everything(view):
 def test_the_frozen_view_says_what_the_widget_says(view):
     view.nodes["block", 0].value = not view.nodes["block", 0].value
     bundle = view._repr_mimebundle_()
-    assert bundle["text/html"] == frozen_html(view) and view.answer() in bundle["text/html"] and TASK.test[0].clean in bundle["text/html"]
+    assert bundle["text/html"] == frozen_html(view) and answer(view) in bundle["text/html"] and TASK.test[0].clean in bundle["text/html"]
     assert "application/vnd.jupyter.widget-view+json" in bundle and bundle["text/plain"].startswith("Explorer")
     assert bundle["text/html"].count("background:#0173b2") == sum(is_kept(view.circuit, n) for n in NODES)
 
@@ -198,3 +332,4 @@ def test_one_pair_and_lists_of_pairs():
 def test_the_wrong_model_is_refused():
     other = Circuit(CIRCUIT.kept, SITES, CIRCUIT.scores, dict(ORIGIN, fingerprint="0" * 16))
     with pytest.raises(InputError, match="fingerprint"): explore(other, MODEL, TASK)
+    with pytest.raises(InputError, match="the circuit comes first"): explore(MODEL, CIRCUIT, TASK)

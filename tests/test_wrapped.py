@@ -10,7 +10,8 @@ from mgprune import Circuit, discover, evaluate, load_model, tasks
 from mgprune.circuit import from_kept, full_circuit
 from mgprune.models import InputError, fingerprint
 from mgprune.sites import find_sites
-from mgprune.streams import answer_logits, prepare
+from mgprune.passes import answer_logits
+from mgprune.streams import prepare
 from mgprune.training import Recipe
 
 QUICK = Recipe(steps=20)
@@ -61,7 +62,7 @@ def test_a_wrapped_adapter_is_the_added_one(task):
     trained(added), trained(model)
     assert torch.equal(logits(added, task), logits(model, task)) and not torch.equal(logits(added, task), logits(load_model(), task))
     circuits = [from_kept({"head": torch.eye(4, dtype=torch.bool)}, find_sites(m)) for m in (added, model)]
-    first, second = (evaluate(m, c, task) for m, c in zip((added, model), circuits))
+    first, second = (evaluate(c, m, task) for m, c in zip((added, model), circuits))
     assert first == second
 
 
@@ -70,7 +71,7 @@ def test_a_merged_adapter_answers_as_before(task):
     before = logits(model, task)
     merged = load_model(model.merge_and_unload(), tokenizer=load_model().tokenizer)
     assert torch.allclose(logits(merged, task), before, atol=1e-3)
-    assert evaluate(merged, full_circuit(find_sites(merged)), task)["kl"] == 0
+    assert evaluate(full_circuit(find_sites(merged)), merged, task)["kl"] == 0
 
 
 def test_the_fingerprint_knows_which_adapter_is_on():
@@ -105,7 +106,7 @@ def test_a_circuit_of_one_adapter_is_refused_under_another(task, tmp_path):
     path = circuit.save(tmp_path / "a.json")
     assert Circuit.load(path, model) == circuit
     model.set_adapter("b")
-    for use in (lambda: Circuit.load(path, model), lambda: evaluate(model, circuit, task), lambda: circuit.applied(model, task).__enter__()):
+    for use in (lambda: Circuit.load(path, model), lambda: evaluate(circuit, model, task), lambda: circuit.applied(model, task).__enter__()):
         with pytest.raises(InputError, match="fingerprint"): use()
 
 
@@ -123,8 +124,8 @@ def test_an_adapter_on_the_projections_themselves(task):
     model = trained(load_model(peft.get_peft_model(load_model(), config), tokenizer=load_model().tokenizer))
     sites = find_sites(model)
     everything, nothing = full_circuit(sites), from_kept({"block": torch.zeros(4, dtype=torch.bool)}, sites)
-    assert evaluate(model, everything, task)["kl"] == 0
-    empty = evaluate(model, nothing, task)
+    assert evaluate(everything, model, task)["kl"] == 0
+    empty = evaluate(nothing, model, task)
     assert empty["kl"] == empty["closed_kl"]
 
 
@@ -159,7 +160,7 @@ def test_a_wrapper_that_loses_the_positions_is_refused(task):
 def test_a_wrapper_that_passes_everything_on_is_exact(task):
     model = PassesOn(load_model())
     assert torch.equal(logits(model, task), logits(load_model(), task))
-    assert evaluate(model, full_circuit(find_sites(model)), task)["kl"] == 0
+    assert evaluate(full_circuit(find_sites(model)), model, task)["kl"] == 0
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -170,8 +171,8 @@ def test_a_prepared_model_is_exact(precision, task):
     model = accelerate.Accelerator(cpu=True, mixed_precision=precision).prepare(load_model())
     model.tokenizer = plain.tokenizer
     everything, nothing = full_circuit(find_sites(model)), from_kept({"block": torch.zeros(4, dtype=torch.bool)}, find_sites(model))
-    assert evaluate(model, everything, task)["kl"] == 0
-    empty = evaluate(model, nothing, task)
+    assert evaluate(everything, model, task)["kl"] == 0
+    empty = evaluate(nothing, model, task)
     assert empty["kl"] == empty["closed_kl"]
     assert torch.allclose(logits(model, task), logits(plain, task), atol=1e-4 if precision == "no" else .5)
 

@@ -1,7 +1,7 @@
 """Drive the explorer in a real JupyterLab: python tests/browser/widget.py [FOLDER]
 
-Opens a small notebook, moves the threshold, closes a head, and compares the probability on the page with
-what the circuit computes in another process; then saves the edited circuit and loads it. A second notebook, on a
+Opens a small notebook, moves the threshold, closes a head, chooses another ablation, and compares the probability
+on the page with what the circuit computes in another process; then saves the edited circuit and loads it. A second notebook, on a
 dark page, opens a model of thirty layers. Screenshots go to FOLDER.
 Needs the extra `browser` and a Chromium.
 """
@@ -21,9 +21,9 @@ from mgprune.attribution import nap_ig
 from mgprune.circuit import from_kept, from_scores
 from mgprune.evaluation import cut_by_size
 from mgprune.models import fingerprint
+from mgprune.pairs import encode
+from mgprune.passes import answer_logits
 from mgprune.sites import find_sites
-from mgprune.streams import answer_logits
-from mgprune.tasks import encode
 from mgprune.widgets import Choice, chosen, thresholds
 
 OPEN = """from mgprune import Circuit, load_model, tasks
@@ -35,7 +35,7 @@ LARGE = """import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from mgprune import load_model, tasks
 from mgprune.circuit import from_scores
-from mgprune.masks import level_shapes
+from mgprune.tree import level_shapes
 from mgprune.sites import find_sites
 tokenizer = load_model().tokenizer
 torch.manual_seed(0)
@@ -65,10 +65,10 @@ def prepared(folder):
     return model, task, circuit
 
 
-def computed(model, circuit, pair):
+def computed(model, circuit, pair, ablation=None, reference=None):
     "Probability of the right answer in the circuit, as the page should show it"
     batch = encode([pair], model)
-    with torch.no_grad(), circuit.applied(model, batch): logits = answer_logits(model, batch.clean, batch.attention_mask)
+    with torch.no_grad(), circuit.applied(model, batch, ablation, reference): logits = answer_logits(model, batch.clean, batch.attention_mask)
     return f"{logits[0].softmax(-1)[batch.answer[0, 0]].item():.2%}"
 
 
@@ -138,6 +138,17 @@ def drive(page, model, task, circuit, folder, shots):
     print(f"layer {layer} head {head} closed by a click: {computed(model, circuit, pair)} -> {view.answer()}, {1e3 * seconds:.0f} ms until the page showed it")
     page.screenshot(path=shots / "widget-head-closed.png")
     view.button(circuit, layer, 1 + head).click()
+    view.wait(view.answer, computed(model, circuit, pair))
+
+    means = computed(model, circuit, pair, "mean", task)
+    assert means != computed(model, circuit, pair)
+    ablations = view.view.locator("select", has=page.locator("option", has_text=re.compile("^mean_by_position$")))
+    ablations.select_option(label="mean")
+    view.wait(view.answer, means)
+    assert view.view.get_by_text("all ablated", exact=True).count() == 1
+    page.screenshot(path=shots / "widget-means.png")
+    print(f"closed nodes hold means: the answer has {means}")
+    ablations.select_option(label="corrupt")
     view.wait(view.answer, computed(model, circuit, pair))
 
     before = view.counts()
