@@ -47,6 +47,8 @@ def as_held(
     if isinstance(values, Held): return values
     if not isinstance(values, Recording): raise InputError(
         f"an ablation returned {shown(values)}: expected a Recording, or Held rows of one")
+    if not isinstance(values.attention, tuple) or not values.attention: raise InputError(
+        f"an ablation returned a Recording with attention={shown(values.attention)}: expected a tuple, a tensor for each layer")
     n = len(values.attention[0])
     if n not in (1, len(pairs)): raise InputError(
         f"an ablation returned a Recording of {n} rows for {len(pairs)} pairs: expected one row for all, or one for each")

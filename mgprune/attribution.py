@@ -17,7 +17,7 @@ from .models import Model, frozen
 from .objective import kl_divergence, logit_difference
 from .passes import record
 from .sites import Sites, find_sites
-from .streams import Examples, Pairs, prepare
+from .streams import Examples, Pairs, prepare, one_pass
 from .tree import NEURONS, ByLevel, SiteMasks, level_shapes
 
 # %% ../nbs/22_attribution.ipynb #654c66ca
@@ -60,7 +60,7 @@ def add_slopes(
 ) -> None:
     "Add the gradient of the measure with respect to the masks, summed over the pairs"
     asking = [m.requires_grad_() for m in masks]
-    value = WORTH[measure](examples.one_pass(SiteMasks(*asking)), examples).sum()
+    value = WORTH[measure](one_pass(examples, SiteMasks(*asking)), examples).sum()
     for t, g in zip(total, torch.autograd.grad(value, asking)): t += weight * (g if g.dim() == t.dim() else g.sum(0))
 
 # %% ../nbs/22_attribution.ipynb #f4db2f0b

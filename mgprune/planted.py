@@ -23,7 +23,7 @@ from .evaluation import measured
 from .models import Model, frozen, load_model
 from .objective import kl_divergence
 from .passes import record
-from .streams import Examples, Pairs, prepare
+from .streams import Examples, Pairs, prepare, one_pass, holding
 from .tasks import load
 from .tree import NEURONS, SiteMasks
 from .words import FEMALE, MALE
@@ -399,7 +399,7 @@ def differing(
     count: int,          # how many examples for each
 ) -> torch.Tensor:
     "For each neuron examples in which closing it changes its value much at the last token, drawn at random [neurons, count]"
-    clean, held = record(examples.host, examples.batch.clean, examples.batch.attention_mask), examples.holding()
+    clean, held = record(examples.host, examples.batch.clean, examples.batch.attention_mask), holding(examples)
     far = torch.zeros(())
     for site, masks in closed.items():
         both = zip(getattr(clean, site), getattr(held, site))
@@ -421,7 +421,7 @@ def effects(
     with torch.no_grad(), frozen(examples.model):
         for level, place, *masks, pairs in zip(levels, places, attention, mlp, rows):
             part = examples[pairs]
-            found[level][place] = kl_divergence(part.full, part.one_pass(SiteMasks(*masks))).max()
+            found[level][place] = kl_divergence(part.full, one_pass(part, SiteMasks(*masks))).max()
     return found
 
 # %% ../nbs/27_planted.ipynb #0408a15e

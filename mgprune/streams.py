@@ -51,27 +51,11 @@ class Examples:
         return self.host.sites
 
     def __len__(self) -> int: return len(self.batch)
-
     def __getitem__(self, rows: Any) -> "Examples":
         if isinstance(rows, Integral): rows = [int(rows)]
         if torch.is_tensor(rows): rows = rows.reshape(-1)
         def of(values): return None if values is None else values[rows]
         return replace(self, batch=self.batch[rows], full=self.full[rows], closed=of(self.closed), held=of(self.held))
-
-    def holding(self,
-        output: bool = False,  # what the MLPs add to the residual stream too
-    ) -> Recording:
-        "What closed nodes hold, with a row for each pair"
-        held = self.held
-        if held is None or output and held.recording.output is None:
-            held = hold(self.host, self.batch, self.ablation, self.reference, output)
-        return held.over(self.batch.clean.shape[1])
-
-    def one_pass(self,
-        masks: SiteMasks,  # shared by all examples or one for each
-    ) -> torch.Tensor:
-        "Answer logits of the masked model from one forward pass, [examples, vocabulary]; the caller holds the model frozen"
-        return circuit_logits(self.host, self.batch, masks, self.holding(masks.output is not None))
 
     def logits(self,
         masks: SiteMasks,  # shared by all examples or one for each
@@ -80,8 +64,26 @@ class Examples:
         check_masks_fit(masks, self)
         with frozen(self.model):
             parts = torch.arange(len(self)).split(self.batch_size)
-            if len(parts) == 1: return self.one_pass(masks)
-            return torch.cat([self[rows].one_pass(of_rows(masks, rows)) for rows in parts])
+            if len(parts) == 1: return one_pass(self, masks)
+            return torch.cat([one_pass(self[rows], of_rows(masks, rows)) for rows in parts])
+
+# %% ../nbs/18_streams.ipynb #49f50961
+def holding(
+    examples: Examples,    # pairs on a model
+    output: bool = False,  # what the MLPs add to the residual stream too
+) -> Recording:
+    "What closed nodes hold, with a row for each pair"
+    held = examples.held
+    if held is None or output and held.recording.output is None:
+        held = hold(examples.host, examples.batch, examples.ablation, examples.reference, output)
+    return held.over(examples.batch.clean.shape[1])
+
+def one_pass(
+    examples: Examples,  # pairs on a model, which the caller holds frozen
+    masks: SiteMasks,    # shared by all examples or one for each
+) -> torch.Tensor:
+    "Answer logits of the masked model from one forward pass, [examples, vocabulary]"
+    return circuit_logits(examples.host, examples.batch, masks, holding(examples, masks.output is not None))
 
 # %% ../nbs/18_streams.ipynb #a823342b
 def check_masks_fit(

@@ -29,9 +29,9 @@ from .gates import Sigmoid
 from .hooks import Host
 from .models import Model, frozen
 from .objective import is_right, kl_divergence, set_logits
-from .streams import Examples, bind, reference_of, task_of
+from .streams import Examples, bind, reference_of, task_of, one_pass
 from .tasks import BUILT_IN, SPLITS, Task, from_pairs
-from .tree import DEFAULT_LEVELS, FINEST, NEURONS, TREE, LevelNames, Ways, check_levels, level_shapes, path_to, ways_of
+from .tree import DEFAULT_LEVELS, FINEST, NEURONS, TREE, LevelNames, Ways, check_levels, level_shapes, masks_of, path_to, ways_of
 
 # %% ../nbs/21_training.ipynb #dc31c1c1
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def slopes(
     rows = torch.randperm(len(search.examples), generator=search.order)[:search.recipe.batch_size].to(search.examples.host.device)
     examples, log_alpha = search.examples[rows], located(search, size).requires_grad_()
     gates, chance = search.gate.sample(log_alpha, len(examples), generator=search.noise), search.gate.open_probability(log_alpha)
-    kl = kl_divergence(examples.full, examples.one_pass(search.ways.masks(gates))).mean()
+    kl = kl_divergence(examples.full, one_pass(examples, masks_of(search.ways, gates))).mean()
     if not kl.isfinite(): raise InputError(
         f"the divergence became {kl.item()}: the model's answers are not finite numbers. Load it with dtype=torch.float32")
     slope, felt = torch.autograd.grad(kl, [log_alpha, gates])

@@ -303,18 +303,20 @@ class Ways:
         padded = torch.nn.functional.pad(values, (0, 1), value=missing)
         return padded.index_select(-1, self.index.flatten()).unflatten(-1, self.index.shape)  # its gradient is a fast sum
 
-    def masks(self,
-        gates: torch.Tensor,  # [..., gates]
-    ) -> SiteMasks:
-        "One mask for each site, as site_masks makes them; what is below 1e-20, on which arithmetic is slow, is 0"
-        neurons, found = reduce(torch.mul, self.up(gates, 1.).unbind(-2)), {}
-        neurons = neurons.where(neurons > 1e-20, 0.)
-        for level, part in zip(self.finest, neurons.split([len(places) for places in self.finest.values()], -1)):
-            width, places = self.widths[level], self.finest[level]
-            whole = self.sites.n_layers * width
-            if len(places) < whole: part = part.new_zeros(*part.shape[:-1], whole).index_copy(-1, places, part)
-            found[TREE[level].site] = part.unflatten(-1, (self.sites.n_layers, width))
-        return SiteMasks(found.get("attention"), found.get("mlp"), found.get("output"))
+# %% ../nbs/05_tree.ipynb #51536ce7
+def masks_of(
+    ways: Ways,           # which gates stand above each neuron
+    gates: torch.Tensor,  # [..., gates]
+) -> SiteMasks:
+    "One mask for each site, as site_masks makes them; what is below 1e-20, on which arithmetic is slow, is 0"
+    neurons, found = reduce(torch.mul, ways.up(gates, 1.).unbind(-2)), {}
+    neurons = neurons.where(neurons > 1e-20, 0.)
+    for level, part in zip(ways.finest, neurons.split([len(places) for places in ways.finest.values()], -1)):
+        width, places = ways.widths[level], ways.finest[level]
+        whole = ways.sites.n_layers * width
+        if len(places) < whole: part = part.new_zeros(*part.shape[:-1], whole).index_copy(-1, places, part)
+        found[TREE[level].site] = part.unflatten(-1, (ways.sites.n_layers, width))
+    return SiteMasks(found.get("attention"), found.get("mlp"), found.get("output"))
 
 # %% ../nbs/05_tree.ipynb #f72f38b6
 def ways_of(
