@@ -6,13 +6,16 @@
 __all__ = []
 
 # %% ../nbs/01_files.ipynb #a18f7d3c
-import ctypes, functools, hashlib, os, re, secrets, shutil, signal, socket, tempfile, threading
+import ctypes, functools, hashlib, json, os, re, secrets, shutil, signal, socket, tempfile, threading
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import load as load_arrays, save as save_arrays
 
 from .arguments import InputError, as_path, checked, printable, shown
 
@@ -185,6 +188,66 @@ def write_folder(
         finally:
             with _to_the_end(): shutil.rmtree(aside, ignore_errors=True)  # the new one if it failed, else the old one
     return as_path(path)
+
+# %% ../nbs/01_files.ipynb #838f98a3
+STATE, LOCK = "search.state", "search.lock"  # files in the folder of a search
+_FORMAT, _VALUES = "mgprune search 1", "plain values"
+
+def write_state(
+    folder: Path,  # of the search
+    tensors: Mapping[str, torch.Tensor],  # name -> tensor with a memory of its own
+    values: Mapping[str, Any],  # what JSON can say
+) -> Path:
+    "Write down how far a search is, in one step; returns the path of the file"
+    text = torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
+    content = save_arrays({**{name: t.cpu() for name, t in tensors.items()}, _VALUES: text})
+    return write_file(folder / STATE, f"{_FORMAT} {digest(content)}\n".encode() + content)
+
+def read_state(
+    folder: Path,  # of the search
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    "The tensors and the plain values that were written; None where there are none"
+    path = folder / STATE
+    if not path.exists(): return None
+    try: first, _, content = path.read_bytes().partition(b"\n")
+    except OSError as e: raise InputError(f"cannot read {str(path)!r}: {e.strerror or e}") from e
+    if first != f"{_FORMAT} {digest(content)}".encode(): raise InputError(
+        f"{str(path)!r} was changed after it was written, or by another version of this program: nothing can go on from it. "
+        "Delete this file, and the search begins anew")
+    tensors = load_arrays(content)
+    return tensors, json.loads(bytes(tensors.pop(_VALUES).tolist()))
+
+# %% ../nbs/01_files.ipynb #f5f27c48
+def is_of_search(
+    path: Path,  # in the folder of a search
+) -> bool:
+    "Whether only a search has such a file, before it has a result"
+    return path.is_file() and (path.name in (STATE, LOCK) or _LEFT.fullmatch(path.name) is not None)
+
+@contextmanager
+def working_in(
+    folder: str | Path,  # of a search; it is made if it is not there
+) -> Generator[Path]:
+    "Within the context no other program works in the folder; yields where it really is"
+    path = check_place(folder)
+    if path.exists() and not path.is_dir(): raise InputError(f"{str(folder)!r} is a file: expected the name of a folder")
+    others = sorted(p.name for p in path.iterdir() if not is_of_search(p)) if path.exists() else []
+    if others and not (path / STATE).exists(): raise InputError(
+        f"{str(folder)!r} exists already and holds {others[0]!r}, but no search: nothing was written. Choose a new folder")
+    made, lock = [p for p in (path, *path.parents) if not p.exists()], FileLock(path / LOCK)
+    with _writing(folder):
+        path.mkdir(parents=True, exist_ok=True)
+        try: lock.acquire(blocking=False)
+        except Timeout as e: raise InputError(
+            f"another program is at the search in {str(folder)!r}: wait until it has ended, or choose another folder") from e
+    try: yield path
+    finally:
+        try:
+            if os.listdir(path) == [LOCK]:
+                (path / LOCK).unlink()  # while it is held: afterwards it may be somebody else's
+                for place in made: place.rmdir()
+        except OSError: pass  # where it is in use, or there is more in a folder above
+        finally: lock.release()
 
 # %% ../nbs/01_files.ipynb #e6241859
 _MARKUP = re.compile(r"[&<>\\`*\[\]|~$#!@{}:]|(?<!\w)_|_(?!\w)|(?<=www)\.", re.I)

@@ -58,6 +58,9 @@ class HardConcrete:
 @dataclass(frozen=True)
 class Sigmoid:
     "Gates without noise: the sigmoid of `log_alpha`"
+    shut: Annotated[float, Must(lambda v: 0 <= v < 1, "at least 0 and below 1")] = 0.01  # nodes with a lower mask count as closed
+
+    def __post_init__(self) -> None: check_fields(self)
 
     def sample(self,
         log_alpha: torch.Tensor,  # trained location of each gate, any shape

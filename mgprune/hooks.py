@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from .arguments import InputError
-from .models import fingerprint, unwrapped
-from .sites import Sites, find_sites, module_at
+from .models import fingerprint, parts_of, unwrapped
+from .sites import Sites, fan_in, find_sites, module_at
 
 # %% ../nbs/12_hooks.ipynb #084c2054
 @dataclass(frozen=True, eq=False)
@@ -30,6 +30,11 @@ class Host:
     def device(self) -> torch.device:
         "Where the model's inputs go: where its weights are, or the CPU for weights that accelerate brings when they are needed"
         return torch.device("cpu") if self.model.device.type == "meta" else self.model.device
+
+    @property
+    def parts(self) -> int:
+        "Processes that each hold a part of every layer; 1: the model is whole here"
+        return parts_of(self.model)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -133,6 +138,34 @@ def layer_width(
     routed = sites.n_routed * sites.expert_width if experts_at(sites, i) else 0
     return routed + sites.dense[i] if sites.dense else sites.mlp_width
 
+# %% ../nbs/12_hooks.ipynb #adbb3a99
+def spread_over(
+    module: torch.nn.Module,  # a projection
+    x: torch.Tensor,          # what it reads here
+) -> Any:
+    "The processes that each read a part, as torch's DeviceMesh; None where all of it is read here"
+    return None if x.shape[-1] == fan_in(module) else getattr(getattr(module, "weight", None), "device_mesh", None)
+
+def gathered(
+    x: torch.Tensor,  # [..., what is computed here]
+    mesh: Any,        # the processes that each have a part, from spread_over
+    width: int,       # of all of them together
+) -> torch.Tensor:
+    "What all processes have, [..., width]"
+    from torch.distributed.tensor import DTensor, Replicate, Shard  # takes a while to import
+    whole = torch.empty(*x.shape[:-1], width, device="meta")
+    parts = DTensor.from_local(x, mesh, [Shard(x.dim() - 1)], run_check=False, shape=whole.shape, stride=whole.stride())
+    return parts.redistribute(placements=[Replicate()]).to_local()
+
+def own_part(
+    x: torch.Tensor,  # [..., width] the same in all processes
+    mesh: Any,        # the processes
+) -> torch.Tensor:
+    "What is computed here of it"
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    whole = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+    return whole.redistribute(placements=[Shard(x.dim() - 1)]).to_local()
+
 # %% ../nbs/12_hooks.ipynb #1e7d0858
 def instead(
     old: Any,                 # a tensor, or a tuple that begins with one
@@ -148,7 +181,12 @@ def at_input(
     f: Change,                # function of its input
 ) -> list[Hook]:
     "Put a function before a projection: the hooks that do it"
-    return [Hook(module, lambda module, args: instead(args, f(args[0])))]
+    def before(module, args):
+        mesh = spread_over(module, args[0])
+        if mesh is None: return instead(args, f(args[0]))
+        new = f(gathered(args[0], mesh, module.in_features))
+        return instead(args, new if new is None else own_part(new, mesh))
+    return [Hook(module, before)]
 
 # %% ../nbs/12_hooks.ipynb #68a21104
 def at_output(

@@ -151,6 +151,13 @@ def unwrapped(
     from transformers import PreTrainedModel
     return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
 
+def parts_of(
+    model: torch.nn.Module,  # a Hugging Face causal language model, wrapped or not
+) -> int:
+    "Processes that each hold a part of every layer, as transformers' tensor parallelism spreads them; 1: the model is whole here"
+    parts: Any = getattr(unwrapped(model), "tp_size", None)
+    return parts or 1
+
 def takes(
     model: torch.nn.Module,  # a Hugging Face causal language model, wrapped or not
 ) -> set[str]:
@@ -214,8 +221,9 @@ def weight_of(
     module: torch.nn.Module,  # any torch module
     name: str,                # of one of its own parameters or buffers
 ) -> torch.Tensor:
-    "The value, also where accelerate keeps it elsewhere until it is needed"
+    "The value, also where accelerate keeps it elsewhere until it is needed, or several processes have a part of it each"
     weight = getattr(module, name)
+    if hasattr(weight, "full_tensor"): return weight.detach().full_tensor()  # torch's DTensor
     if not weight.is_meta: return weight.detach()
     elsewhere = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
     if elsewhere is None: raise InputError(

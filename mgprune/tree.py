@@ -304,19 +304,27 @@ class Ways:
         return padded.index_select(-1, self.index.flatten()).unflatten(-1, self.index.shape)  # its gradient is a fast sum
 
 # %% ../nbs/05_tree.ipynb #51536ce7
-def masks_of(
-    ways: Ways,           # which gates stand above each neuron
-    gates: torch.Tensor,  # [..., gates]
+def at_sites(
+    ways: Ways,             # which gates stand above each neuron
+    neurons: torch.Tensor,  # [..., neurons] a value for each, in the order of the ways
 ) -> SiteMasks:
-    "One mask for each site, as site_masks makes them; what is below 1e-20, on which arithmetic is slow, is 0"
-    neurons, found = reduce(torch.mul, ways.up(gates, 1.).unbind(-2)), {}
-    neurons = neurons.where(neurons > 1e-20, 0.)
+    "The values where the neurons are; zero, or False, where a layer has no neuron"
+    found = {}
     for level, part in zip(ways.finest, neurons.split([len(places) for places in ways.finest.values()], -1)):
         width, places = ways.widths[level], ways.finest[level]
         whole = ways.sites.n_layers * width
         if len(places) < whole: part = part.new_zeros(*part.shape[:-1], whole).index_copy(-1, places, part)
         found[TREE[level].site] = part.unflatten(-1, (ways.sites.n_layers, width))
     return SiteMasks(found.get("attention"), found.get("mlp"), found.get("output"))
+
+def masks_of(
+    ways: Ways,           # which gates stand above each neuron
+    gates: torch.Tensor,  # [..., gates]
+    counted: torch.Tensor | None = None,  # [neurons] which are not closed, whatever their gates say; None counts all
+) -> SiteMasks:
+    "One mask for each site, as site_masks makes them"
+    neurons = reduce(torch.mul, ways.up(gates, 1.).unbind(-2))
+    return at_sites(ways, neurons if counted is None else neurons.where(counted, 0.))
 
 # %% ../nbs/05_tree.ipynb #f72f38b6
 def ways_of(

@@ -78,7 +78,8 @@ def run(model, ids, mask, change):
     handles = [m.register_forward_hook(after) if is_output(model, m) else m.register_forward_pre_hook(before)
                for both in places(model) for m in both]
     try:
-        with torch.no_grad(): return model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits[:, -1]
+        with torch.no_grad(): return model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                                          logits_to_keep=torch.tensor([ids.shape[1] - 1])).logits[:, -1]
     finally:
         for handle in handles: handle.remove()
 

@@ -3,12 +3,14 @@ import pytest
 import torch
 
 from families import TINY, holds, pairs, short_search, tiny
-from mgprune import discover, load_model, tasks
+from mgprune import discover, load_model, tasks, training
 from mgprune.checks import trusted
 from mgprune.circuit import Circuit, jaccard
+from mgprune.files import read_state
 from mgprune.passes import fitting_size, free_bytes
 from mgprune.hooks import host_of
 from mgprune.streams import prepare
+from mgprune.training import Recipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 kinds = pytest.mark.parametrize("kind", TINY)
@@ -64,3 +66,19 @@ def test_memory_that_is_free_is_known():
     assert before - free_bytes("cuda") >= 1 << 28
     assert fitting_size(host_of(model), tasks.ioi(model).batch("test")) == 32
     del taken
+
+
+def test_a_search_goes_on(tmp_path, monkeypatch):
+    model, recipe, taken = load_model().to("cuda"), Recipe(steps=40), []
+    task, original = tasks.ioi(model, n=(48, 16, 32)), training.step
+    def step(search):
+        if len(taken) == 25: raise KeyboardInterrupt
+        taken.append(original(search))
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "step", step)
+        with pytest.raises(KeyboardInterrupt): discover(model, task, keep=.2, recipe=recipe, progress=False, save=tmp_path)
+    history = read_state(tmp_path)[1]["history"]
+    assert len(history["kl"]) == 20  # where it is looked for what is shut
+    circuit = discover(model, task, keep=.2, recipe=recipe, progress=False, save=tmp_path)
+    assert circuit.n_neurons() == 512 and len(circuit.provenance.history["kl"]) == 40
+    assert all(circuit.provenance.history[name][:20] == numbers for name, numbers in history.items())
