@@ -8,7 +8,7 @@ __all__ = []
 # %% ../nbs/20_applied.ipynb #2d04dd5d
 import inspect
 from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -163,13 +163,14 @@ def held_for(
     return batch, hold(host, batch, asked, others, output).over(batch.clean.shape[1])
 
 @contextmanager
-def running(
-    circuit: Circuit,        # to apply
-    model: torch.nn.Module,  # the model that it belongs to
-    pairs: Any,              # as a user says which pairs
-    ablation: Any,           # what closed nodes hold; None: as the circuit was found, or as Examples have it
-    reference: Any,          # reference pairs; None: a Task's training pairs
-    alone: bool,             # compute the open nodes alone
+@checked
+def applied(
+    circuit: CircuitFirst,           # any
+    model: Model,                    # the model that it belongs to
+    pairs: Pairs,                    # its clean prompts may be run; of a Task its test pairs are taken
+    ablation: Any = None,            # what closed nodes hold: a name in ABLATIONS, or a function; None: as the circuit was found
+    reference: Pairs | None = None,  # pairs that means and other pairs' prompts are taken from; None: a Task's training pairs
+    alone: bool = False,             # compute open heads and MLP neurons alone: inside the model there are no others
 ) -> Generator[torch.nn.Module]:
     "Within the context, `model` run on the clean prompts of the pairs is the circuit"
     batch, held = held_for(circuit, model, pairs, ablation, reference)
@@ -184,26 +185,3 @@ def running(
         finally:
             try: APPLIED.discard(inside)
             finally: APPLIED.discard(inside)  # an interrupt may have come between
-
-# %% ../nbs/20_applied.ipynb #8f6733c1
-@checked
-def applied(
-    circuit: CircuitFirst,           # any
-    model: Model,                    # the model that it belongs to
-    pairs: Pairs,                    # its clean prompts may be run; of a Task its test pairs are taken
-    ablation: Any = None,            # what closed nodes hold: a name in ABLATIONS, or a function; None: as the circuit was found
-    reference: Pairs | None = None,  # pairs that means and other pairs' prompts are taken from; None: a Task's training pairs
-) -> AbstractContextManager[torch.nn.Module]:
-    "Within the context, `model` run on the clean prompts of the pairs is the circuit"
-    return running(circuit, model, pairs, ablation, reference, alone=False)
-
-@checked
-def compact(
-    circuit: CircuitFirst,           # any
-    model: Model,                    # the model that it belongs to
-    pairs: Pairs,                    # its clean prompts may be run; of a Task its test pairs are taken
-    ablation: Any = None,            # what closed nodes hold: a name in ABLATIONS, or a function; None: as the circuit was found
-    reference: Pairs | None = None,  # pairs that means and other pairs' prompts are taken from; None: a Task's training pairs
-) -> AbstractContextManager[torch.nn.Module]:
-    "The same, computed from the circuit's open heads and MLP neurons alone: inside the model there are no others"
-    return running(circuit, model, pairs, ablation, reference, alone=True)

@@ -164,8 +164,8 @@ class Circuit:
         reference: Any = None,   # pairs that means and other pairs' prompts are taken from; None: a Task's training pairs
     ) -> AbstractContextManager[torch.nn.Module]:
         "As `applied`, computed from the circuit's open heads and MLP neurons alone: inside the model there are no others"
-        from mgprune.applied import compact
-        return compact(self, model, pairs, ablation, reference)
+        from mgprune.applied import applied
+        return applied(self, model, pairs, ablation, reference, alone=True)
 
     def plot(self) -> "Figure":
         "Picture of the whole circuit: layers upward, heads left and MLPs right of the residual stream"

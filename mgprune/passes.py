@@ -139,7 +139,7 @@ def record(
     return chunks[0] if len(chunks) == 1 else join(chunks)
 
 # %% ../nbs/15_passes.ipynb #cfc48cd9
-MOST_OPEN = 0.9  # share of a site that is open, above which leaving out the rest does not pay
+MOST_OPEN = 0.9  # share of a site that is open, above which the rest is computed too
 
 Open = dict[tuple[str, int], torch.Tensor]  # site, layer -> numbers of the heads or MLP neurons that alone have to be computed
 

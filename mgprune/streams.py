@@ -155,9 +155,8 @@ def kept(
     total: int,               # pairs
 ) -> Recording:
     "The store with the part in its place"
-    store = replace(part, logits=None).map(lambda t: t.new_empty(total, *t.shape[1:])) if store is None else store
-    for there, here in zip(tensors(store), tensors(replace(part, logits=None))): there[start:start + len(here)] = here
-    return store
+    there = iter(() if store is None else tensors(store))
+    return replace(part, logits=None).map(lambda t: filled(next(there, None), t, start, total))
 
 # %% ../nbs/19_streams.ipynb #1dd25586
 def bind(

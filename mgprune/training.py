@@ -76,7 +76,6 @@ Prices = Annotated[dict[Any, Any], "a dictionary of prices by level"]
 class Recipe:
     "How the search runs; the defaults are the same for every task and model"
     batch_size: Count = 8         # pairs per step
-    largest_batch: Count = 8      # pairs per step at most, when few nodes are computed: above batch_size, the batch grows then
     steps: Count = 600            # of the whole search
     pairs: Count = 512            # training pairs that batches are drawn from, at most
     rate: Rate = 0.1              # of Adam at the first step, in units of the score; it falls to a tenth
@@ -138,13 +137,6 @@ def log_odds(
     "Logarithm of the odds"
     return math.log(share / (1 - share))
 
-def within(
-    value: float,  # any
-    limit: float,  # positive
-) -> float:
-    "The value, or the limit with its sign where the value is beyond it"
-    return max(-limit, min(limit, value))
-
 # %% ../nbs/22_training.ipynb #5b8f9f71
 def prices(
     ways: Ways,          # of the gates that are searched
@@ -180,13 +172,6 @@ def first_scores(
         return 0. if level in FINEST.values() else recipe.group_start
     return ways.join({l: torch.full(shape, start(l), device=ways.index.device) for l, shape in ways.shapes.items()})
 
-# %% ../nbs/22_training.ipynb #45de20b5
-def most_pairs(
-    recipe: Recipe,  # settings
-) -> int:
-    "Pairs of a step at most"
-    return max(recipe.batch_size, recipe.largest_batch)
-
 # %% ../nbs/22_training.ipynb #57abe290
 class Search:
     "The state of a search for the gates of one model on some examples"
@@ -199,7 +184,7 @@ class Search:
         seed: int = 0,              # of the order of the examples, the sizes and the noise of the gates
     ) -> None:
         self.examples, self.goal, self.recipe, self.gate, self.sites = examples, goal, recipe, gate, examples.sites
-        self.steps, self.pairs, device = 0, recipe.batch_size, examples.host.device  # taken, and of the next one
+        self.steps, device = 0, examples.host.device
         self.ways = ways_of(self.sites, levels, device)
         self.written: dict[str, list[float]] = {}  # name -> a number for each step
         self.unwritten: list[torch.Tensor] = []    # [names] the same for the last steps, not yet waited for
@@ -213,7 +198,7 @@ class Search:
         self.counted: torch.Tensor | None = None  # [neurons] which are not shut; None: all
         self.only: Open = {}                      # what alone is computed
         self.period = 1 if device.type == "cpu" else recipe.every  # steps between two looks at what is shut
-        self.at_once = fitting_size(examples.host, examples.batch, most_pairs(recipe), step_bytes)  # that go there and back
+        self.at_once = fitting_size(examples.host, examples.batch, recipe.batch_size, step_bytes)  # that go there and back
         self.place = torch.rand(1, generator=self.order, device=device).item()     # of the next size between them, from 0 to 1
 
     @property
@@ -355,11 +340,10 @@ def look(
     log_alpha: torch.Tensor,  # [gates] of the largest circuit until the next look
 ) -> None:
     "Find the nodes that are not shut, which alone are computed from now on"
-    if not isinstance(search.gate, Sigmoid): return  # gates with noise open again, and others have a slope where they are closed
-    search.counted = search.ways.up(search.gate.mode(log_alpha), 1.).prod(0) > search.gate.shut
+    shut = getattr(search.gate, "shut", None)
+    if shut is None: return  # gates with noise open again, and others have a slope where they are closed
+    search.counted = search.ways.up(search.gate.mode(log_alpha), 1.).prod(0) > shut
     search.only = open_at(search.examples.host, at_sites(search.ways, search.counted))
-    recipe, share = search.recipe, search.counted.float().mean().item()
-    search.pairs = max(recipe.batch_size, min(recipe.largest_batch, round(recipe.batch_size / max(share, 1e-3))))
 
 # %% ../nbs/22_training.ipynb #0733c534
 def to_gates(
@@ -388,7 +372,7 @@ def slopes(
     parts, log_alpha = search.examples.host.parts, located(search, size)
     if size is not None and search.steps % search.period == 0:
         look(search, log_alpha if search.period == 1 else located(search, search.largest))
-    rows = torch.randperm(len(search.examples), generator=search.order, device=search.scores.device)[:search.pairs]
+    rows = torch.randperm(len(search.examples), generator=search.order, device=search.scores.device)[:search.recipe.batch_size]
     own = share(len(rows), *together()) if parts == 1 else slice(None)  # the parts of a model answer together
     log_alpha.requires_grad_()
     gates, chance = search.gate.sample(log_alpha, len(rows), generator=search.noise), search.gate.open_probability(log_alpha)
@@ -761,7 +745,7 @@ def tried(
     share: float | None, # of the neurons that is open, in circuits at random; None: all, as at the first step
 ) -> Search:
     "A search at its first step, or one near its end"
-    recipe = replace(asked.recipe, batch_size=len(examples), largest_batch=len(examples))
+    recipe = replace(asked.recipe, batch_size=len(examples))
     search = Search(examples, asked.goal, asked.levels, recipe, asked.gate)
     if share is None: return search
     search.steps = recipe.steps - 1
@@ -776,19 +760,15 @@ def tried(
 # %% ../nbs/22_training.ipynb #e40e86fc
 def step_memory(
     examples: Examples,  # one pair or two
-    pairs: int,          # that go there and back at once while all nodes are open
-    most: int,           # and when few are
+    pairs: int,          # that go there and back at once
     asked: Asked,        # of the search
 ) -> int:
-    "Bytes that they keep for their way back, where that is most"
-    def of(n, share):
-        search, held = tried(examples[:n], asked, share), examples.held
+    "Bytes that they keep for their way back while all nodes are open"
+    def of(n):
+        search, held = tried(examples[:n], asked, None), examples.held
         return kept_for_return(examples.host, lambda: slopes(search, next_size(search)), *([held.recording] if held else []))
-    def all_of(pairs, share):
-        one, both = of(1, share), of(len(examples), share)
-        return one + (both - one) * (pairs - 1) // max(1, len(examples) - 1)
-    share = 0.75 * pairs / most  # of a circuit, where so many pairs are taken first: more nodes than it has are not shut
-    return max(all_of(pairs, None), all_of(most, share) if most > pairs else 0)
+    one, both = of(1), of(len(examples))
+    return one + (both - one) * (pairs - 1) // max(1, len(examples) - 1)
 
 def clock(
     run: Callable[[], torch.Tensor],  # to time; of what it returns one number is waited for
@@ -829,8 +809,8 @@ def held_bytes(
 def compacts(
     asked: Asked,  # of a search
 ) -> bool:
-    "Whether its steps compute open nodes alone, of the more pairs the fewer these are"
-    return isinstance(asked.gate, Sigmoid) and asked.goal.penalties is None
+    "Whether its steps compute open nodes alone"
+    return getattr(asked.gate, "shut", None) is not None and asked.goal.penalties is None
 
 # %% ../nbs/22_training.ipynb #55d9f9a4
 FIRST = 0.15   # part of a search in which nearly all nodes are computed
@@ -840,17 +820,15 @@ CIRCUITS = 5   # passes of all validation pairs to cut at a divergence: of more 
 
 def step_seconds(
     some: Examples,  # training pairs, as many as go there and back at once
-    pairs: int,      # of a step while all nodes are open
-    most: int,       # and when few are
+    pairs: int,      # of a step
     asked: Asked,    # of the search
 ) -> float:
     "Seconds that a step takes on average"
-    def of(n, share):
-        search = tried(some[:n], asked, share)
-        return min(clock(lambda: slopes(search, next_size(search))[1]) for _ in range(2)) * max(1, n / len(some))
-    whole = of(pairs, None)
-    if not compacts(asked): return whole
-    return FIRST * whole + (1 - FIRST) * of(min(most, round(pairs / USUAL)), USUAL)
+    def of(share):
+        search = tried(some[:pairs], asked, share)
+        return min(clock(lambda: slopes(search, next_size(search))[1]) for _ in range(2)) * max(1, pairs / len(some))
+    whole = of(None)
+    return FIRST * whole + (1 - FIRST) * of(USUAL) if compacts(asked) else whole
 
 def circuit_seconds(
     some: Examples,  # training pairs, as many as go through the model at once
@@ -891,15 +869,15 @@ def planned(
     kept = {split: not each_pair or recording_bytes(host, part, after=True) <= limit for split, part in parts.items()}
     reference = reference_of(host.model, begun.task, None)
     few, size = few_of(reference, train, ablation), fitting_size(host, train)
-    pairs, most = (min(n, len(train)) for n in (recipe.batch_size, most_pairs(recipe) if compacts(asked) else recipe.batch_size))
+    pairs = min(recipe.batch_size, len(train))
     def bound(): return bind(host, train[:size], ablation, few, output, limit if kept["train"] else 0)
-    some, at_once = bound(), fitting_size(host, train, most, step_bytes)  # bound for the first time, which is slow
+    some, at_once = bound(), fitting_size(host, train, pairs, step_bytes)  # bound for the first time, which is slow
     held = some.held or hold(host, some.batch, ablation, few, output)
     def answers(part): return 4 * len(part) * some.full.shape[1]  # in single precision
     def of(split): return kept[split] * held_bytes(held, parts[split], ablation) + (1 + (split == "test")) * answers(parts[split])
     with torch.enable_grad(), frozen(host.model):
-        gates, step = gate_bytes(tried(some[:1], asked, None)), step_memory(some[:2], min(pairs, at_once), at_once, asked)
-        each, circuit = step_seconds(some[:at_once], pairs, most, asked), circuit_seconds(some, asked)
+        gates, step = gate_bytes(tried(some[:1], asked, None)), step_memory(some[:2], at_once, asked)
+        each, circuit = step_seconds(some[:at_once], pairs, asked), circuit_seconds(some, asked)
     one = min(clock(lambda: bound().full) for _ in range(2)) / len(some)
     means = 0 if each_pair or reference is None else one * len(reference) / 3
     cut = CIRCUITS * len(parts.get("valid", [])) + max(1, len(goal.shares)) * len(parts["test"])
@@ -1116,7 +1094,7 @@ def is_large(
     "Whether a search may take much besides the weights: an estimate from above"
     train = task.batch("train")[:recipe.pairs]
     answers = 8 * len(train) * host.model.config.get_text_config().vocab_size
-    return most_pairs(recipe) * step_bytes(host, train) + recording_bytes(host, train, after=True) + answers > LARGE
+    return recipe.batch_size * step_bytes(host, train) + recording_bytes(host, train, after=True) + answers > LARGE
 
 def check_plan(
     plan: Plan,      # of a search
@@ -1129,7 +1107,7 @@ def check_plan(
     says = dict(
         recorded=f"what closed nodes hold for the training pairs: a smaller Recipe(pairs={recipe.pairs})",
         answers=f"the answers to the training pairs: a smaller Recipe(pairs={recipe.pairs})",
-        step=f"a step of {plan.at_once} pairs: a smaller Recipe(largest_batch={recipe.largest_batch}), or batch_size",
+        step=f"a step of {plan.at_once} pairs: a smaller Recipe(batch_size={recipe.batch_size})",
         passes="the passes before the search: shorter prompts", held_out="the held-out pairs: fewer of them")[most]
     warnings.warn(f"the search takes {in_words(more)} besides the {in_words(plan.weights)} of the model, most of it, "
                   f"{in_words(getattr(plan, most))}, for {says} takes less")

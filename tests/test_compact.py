@@ -92,13 +92,14 @@ def test_a_gradient_to_closed_nodes_is_not_left_out():
     assert all((g[m == 0] != 0).float().mean() > .9 for g, m in zip(gradients, masks))
 
 
-@pytest.mark.parametrize("change", ["hook", "pre-hook", "forward", "adapter"])
+@pytest.mark.parametrize("change", ["hook", "pre-hook", "activation", "forward", "adapter"])
 def test_what_is_put_around_a_projection_is_not_passed_by(change):
     model = tiny("llama")
     host, batch = trusted(model), pairs()
     projection = model.model.layers[0].mlp.up_proj
     if change == "hook": projection.register_forward_hook(lambda module, args, result: 2 * result)
     if change == "pre-hook": projection.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    if change == "activation": model.model.layers[0].mlp.act_fn.register_forward_hook(lambda module, args, result: result * (torch.arange(40) != 3))
     if change == "forward":
         plain = projection.forward
         projection.forward = lambda x: 2 * plain(x)
@@ -110,6 +111,18 @@ def test_what_is_put_around_a_projection_is_not_passed_by(change):
     with torch.no_grad(), frozen(model):
         alone, masked = (circuit_logits(host, batch, masks, held, which) for which in (open_at(host, masks), {}))
     assert torch.allclose(alone, masked, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_parameters_that_are_trained_get_their_gradient(name):
+    model = tiny("phi")
+    host, batch = trusted(model), pairs()
+    masks, reader = random_masks(host.sites, .3, torch.Generator().manual_seed(0)), model.model.layers[1].self_attn.q_proj
+    held = projected(host, hold(host, batch, ABLATIONS["corrupt"], None, False).over(batch.clean.shape[1]))
+    with frozen(model):
+        getattr(reader, name).requires_grad_()
+        each = [torch.autograd.grad(circuit_logits(host, batch, masks, held, only)[:, 5].sum(), getattr(reader, name))[0] for only in (open_at(host, masks), {})]
+    assert each[1].any() and torch.allclose(*each, atol=1e-4)
 
 
 def test_a_layout_that_misleads_is_found_out():

@@ -18,7 +18,7 @@ from mgprune.streams import MOST_KEPT, bind, prepare, reference_of, room
 from mgprune.training import Asked, Goal, Recipe, Search, check_plan, in_words, next_size, slopes, step, tried
 from mgprune.tree import DEFAULT_LEVELS
 
-SMALL = Recipe(steps=30, batch_size=8, largest_batch=16, pairs=24)
+SMALL = Recipe(steps=30, batch_size=16, pairs=24)
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +58,14 @@ def test_the_parts_add_up(model, task):
 
 
 def test_a_step_keeps_what_was_said(model, task):
-    long = replace(SMALL, steps=100)  # in which nodes are shut, and steps have more pairs
+    long = replace(SMALL, steps=100)  # in which nodes are shut
     said, found = plan(model, task, recipe=long).step, kept_in_steps(model, task, long)
     assert abs(said - found) < .2 * found
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gpt_neox", "qwen2_moe"])
 def test_a_step_of_a_tiny_model_keeps_what_was_said(kind):
-    model, recipe = tiny(kind), Recipe(steps=20, batch_size=24, largest_batch=24, pairs=30)
+    model, recipe = tiny(kind), Recipe(steps=20, batch_size=24, pairs=30)
     said, found = plan(model, Many(), recipe=recipe).step, kept_in_steps(model, Many(), recipe)
     assert abs(said - found) < .2 * found
 
@@ -131,7 +131,7 @@ def test_a_search_that_records_anew_finds_the_same(model, task, monkeypatch):
     monkeypatch.setattr("mgprune.streams.free_bytes", lambda device: 1)
     said = plan(model, task, keep=.2, recipe=SMALL)
     anew = discover(model, task, keep=.2, recipe=SMALL, progress=False)
-    first = hold(trusted(model), task.batch("train")[:SMALL.largest_batch], ABLATIONS["corrupt"], None, False)
+    first = hold(trusted(model), task.batch("train")[:SMALL.batch_size], ABLATIONS["corrupt"], None, False)
     assert not said.kept and said.recorded == nbytes(replace(first.recording, logits=None))
     for level, scores in kept.scores.items(): assert torch.allclose(scores, anew.scores[level], atol=1e-2)
 
@@ -176,7 +176,7 @@ def test_a_small_search_is_not_warned_about(model, task):
         check_plan(plan(model, task, recipe=SMALL), SMALL)
 
 
-@pytest.mark.parametrize("part, says", [("recorded", "pairs=24"), ("answers", "pairs=24"), ("step", "largest_batch=16"), ("passes", "prompts"),
+@pytest.mark.parametrize("part, says", [("recorded", "pairs=24"), ("answers", "pairs=24"), ("step", "batch_size=16"), ("passes", "prompts"),
                                         ("held_out", "fewer")])
 def test_a_large_search_is_warned_about(part, says, model, task):
     large = replace(plan(model, task, recipe=SMALL), **{part: 5 << 30})
