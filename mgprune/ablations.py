@@ -60,9 +60,9 @@ class Held:
             rows = self.rows if isinstance(self.rows, slice) else self.rows.to(t.device)  # layers may lie on several devices
             return t[rows].expand(-1, length, *t.shape[2:])
         def take(x): return x if x is None else x.map(own) if isinstance(x, Rows) else own(x)
-        held = {f.name: getattr(self.recording, f.name) for f in fields(Recording) if f.name != "logits"}
+        held = {f.name: getattr(self.recording, f.name) for f in fields(self.recording) if f.name != "logits"}
         chosen: dict[str, Any] = {site: None if x is None else Chosen(x, take) for site, x in held.items()}
-        return Recording(**chosen)
+        return type(self.recording)(**chosen)
 
 # %% ../nbs/17_ablations.ipynb #699bad1e
 def as_held(

@@ -29,6 +29,7 @@ from .tree import LEVELS, NEURONS, ByLevel, SiteMasks, check_values, close, leve
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
+    from mgprune.report import Report
     from mgprune.widgets import Explorer
 
 # %% ../nbs/18_circuit.ipynb #6373ec88
@@ -44,12 +45,14 @@ class Provenance(Mapping[str, Any]):
     corruption: str | None = None   # how the corrupt prompts were made
     task_seed: int | None = None    # of the pairs
     pairs: list[int] | None = None  # number of pairs to train, choose and test with
+    hold_out: str | None = None     # what pairs to choose and test with do not share with others; None: clean prompts
     pairs_file: dict[str, str] | None = None  # path and digest of the file that they were read from
     ablation: str | None = None     # what closed nodes held when it was found and measured
     seed: int | None = None         # of the search
     settings: dict[str, Any] | None = None  # what was asked for, recipe, gate and the threshold of this circuit
     versions: dict[str, str] | None = None  # of the packages
     history: dict[str, list[Number]] | None = None  # name -> a number for each step of the search
+    trimmed: dict[str, Any] | None = None   # what was closed after the cut, and by how much each part that is left is needed
     metrics: dict[str, Any] | None = None   # measures on held-out pairs
     seconds: Number | None = None   # that it took
     peak_mb: Number | None = None   # most memory that the process held, in megabytes
@@ -167,6 +170,15 @@ class Circuit:
         from mgprune.applied import applied
         return applied(self, model, pairs, ablation, reference, alone=True)
 
+    def report(self,
+        model: Model,            # the model that it belongs to
+        task: Any,               # Task, or its name; its test pairs are taken. Or a list of pairs, a Batch, or Examples
+        **options: Any,          # as `report` takes them
+    ) -> "Report":
+        "Everything that is measured of the circuit, with a verdict on each question and what was not shown"
+        from mgprune.report import report
+        return report(self, model, task, **options)
+
     def plot(self) -> "Figure":
         "Picture of the whole circuit: layers upward, heads left and MLPs right of the residual stream"
         from mgprune.plots import plot_circuit
@@ -250,6 +262,14 @@ class Circuit:
 CircuitFirst = Annotated[Circuit, "a Circuit: the circuit comes first, then its model"]
 
 # %% ../nbs/18_circuit.ipynb #32637560
+def needed(
+    circuit: Circuit,  # any
+) -> str:
+    "What each part of it is needed for, if it was trimmed"
+    over = (circuit.provenance.trimmed or {}).get("over", {})
+    least = [f"{printable(kind)} {min(by.values()):.2g}" for kind, by in over.items() if by]
+    return f"over its budget, in nats, if one is closed alone, at least: {', '.join(least)}" if least else ""
+
 def in_text(
     circuit: Circuit,  # any
 ) -> str:
@@ -258,7 +278,7 @@ def in_text(
     head = " ".join(["Circuit", *(f"{word} {printable(p[k])}" for k, word in (("model", "of"), ("task", "for")) if k in p)])
     rows = [f"  {l.replace('_', ' '):<17}{n:>9,} of {total:>9,}{n / total:>9.1%}" for l, (n, total) in circuit.counts().items()]
     said = ", ".join(f"{printable(k).replace('_', ' ')} {v:.3g}" for k, v in metrics.items() if isinstance(v, float))
-    return "\n".join([head, *rows, *(["  " + said] if said else [])])
+    return "\n".join([head, *rows, *("  " + line for line in (said, needed(circuit)) if line)])
 
 # %% ../nbs/18_circuit.ipynb #98a1d5c2
 @checked

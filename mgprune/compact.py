@@ -187,27 +187,31 @@ no_second_slope: Any = once_differentiable  # which says no types
 
 # %% ../nbs/14_compact.ipynb #766e67cc
 class Product(torch.autograd.Function):
-    "Inputs times a matrix that is made when it is needed, there and on the way back"
+    "Inputs times a matrix that is made when it is needed, there and on the way back, unless it is small"
     @staticmethod
     def forward(*given: Any, **named: Any) -> torch.Tensor:
-        ctx, x, bias, made = given
-        ctx.made = made
-        return linear(x, made(), bias)
+        ctx, x, bias, made, small = given
+        now = made()
+        ctx.made = (lambda: now) if now.numel() <= small else made
+        return linear(x, now, bias)
 
     @staticmethod
     @no_second_slope
     def backward(ctx: Any, *slopes: Any) -> tuple[torch.Tensor | None, ...]:
-        return slopes[0] @ ctx.made().to(slopes[0]), None, None
+        return slopes[0] @ ctx.made().to(slopes[0]), None, None, None
+
+KEPT = 1 / 8  # share of a weight that a copy may take until the way back
 
 def by(
     module: Any,  # a Linear, or GPT-2's Conv1D
     part: Again,  # gives the part of its weight that is used, [outputs, inputs]
 ) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
-    "Multiplies inputs by the part, and adds a bias: on the way to a slope no copy of the part is kept, else one for all passes"
-    once, trained = cache(part), any(p.requires_grad for p in module.parameters(recurse=False))
+    "Multiplies inputs by the part, and adds a bias: on the way to a slope a large one is not kept, else one for all passes"
+    small, once = int(KEPT * module.weight.numel()), cache(part)
+    trained = any(p.requires_grad for p in module.parameters(recurse=False))
     def times(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         back = torch.is_grad_enabled() and x.requires_grad and not trained
-        return Product.apply(x, bias, part) if back else linear(x, once(), bias)
+        return Product.apply(x, bias, part, small) if back else linear(x, once(), bias)
     return times
 
 # %% ../nbs/14_compact.ipynb #1609f220

@@ -7,12 +7,15 @@ __all__ = ['SIZES', 'evaluate', 'cuts', 'cut_by_size', 'cut_by_kl', 'frontier', 
 
 # %% ../nbs/21_evaluation.ipynb #4c053acc
 import math
+from collections.abc import Callable
+from statistics import NormalDist
 from typing import Annotated, Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from .ablations import name_of
-from .arguments import Count, InputError, Share, at_least, checked
+from .arguments import Count, InputError, Must, Share, checked
 from .circuit import Circuit, CircuitFirst, from_scores
 from .models import Model
 from .objective import is_right, kl_divergence, logit_difference, probability_difference
@@ -21,21 +24,38 @@ from .streams import Examples, Pairs, prepare, prepare_for
 from .tree import ByLevel, check_values, lowest
 
 # %% ../nbs/21_evaluation.ipynb #cfc32bbd
+MARKS = dict(accuracy=is_right, logit_difference=logit_difference, probability_difference=probability_difference)
+ENDS: WeakKeyDictionary[Examples, dict[str, float]] = WeakKeyDictionary()  # what is the same for all circuits
+
+def average(
+    values: torch.Tensor,  # [examples]
+) -> float:
+    "Their mean"
+    return values.float().mean().item()
+
+def ends(
+    examples: Examples,  # pairs on a model
+) -> dict[str, float]:
+    "Averages of the untouched model, full_, and with every node closed, closed_, by name"
+    full, closed = examples.full, examples.closed
+    if closed is None: raise InputError("these Examples lack the answers with every node closed: prepare them with closed=True")
+    if examples not in ENDS:
+        sides = {f"{side}_{name}": average(f(answers, examples.batch)) for name, f in MARKS.items()
+                 for side, answers in (("full", full), ("closed", closed))}
+        ENDS[examples] = dict(closed_kl=average(kl_divergence(full, closed))) | sides
+    return ENDS[examples]
+
+# %% ../nbs/21_evaluation.ipynb #cda77469
 def measures(
     logits: torch.Tensor,  # [examples, vocabulary] answer logits of a circuit
     examples: Examples,    # that they belong to
 ) -> dict[str, float]:
     "Averages over the examples, by name; full_ and closed_ ones are the untouched model's and those with every node closed"
-    def average(values): return values.float().mean().item()
-    if examples.closed is None: raise InputError(
-        "these Examples lack the answers with every node closed: prepare them with closed=True")
-    batch, full, closed = examples.batch, examples.full, examples.closed
-    result = dict(kl=average(kl_divergence(full, logits)), closed_kl=average(kl_divergence(full, closed)),
+    known, full = ends(examples), examples.full
+    result = dict(kl=average(kl_divergence(full, logits)), closed_kl=known["closed_kl"],
                   exact_match=average(logits.argmax(-1) == full.argmax(-1)))
-    for name, f in dict(accuracy=is_right, logit_difference=logit_difference,
-                        probability_difference=probability_difference).items():
-        each = {name: logits, f"full_{name}": full, f"closed_{name}": closed}
-        result |= {key: average(f(values, batch)) for key, values in each.items()}
+    for name, f in MARKS.items():
+        result |= {name: average(f(logits, examples.batch)), **{k: known[k] for k in (f"full_{name}", f"closed_{name}")}}
     c, m, e = (result[k + "logit_difference"] for k in ("", "full_", "closed_"))
     result["faithfulness"] = (c - e) / (m - e) if m != e else float("nan")
     return result
@@ -72,28 +92,109 @@ def both_ablations(
     return dict(ablation=now) | (dict(found_with=found) if found else {})
 
 # %% ../nbs/21_evaluation.ipynb #43e742c0
-def bound(
-    each: torch.Tensor,  # [examples] divergence of a circuit on each pair
-    errors: float,       # standard errors of the mean to add
+WITHIN = 0.5  # furthest from 1 that a faithfulness may be asked to stay; an empty circuit is 1 from it
+Within = Annotated[float, Must(lambda v: 0 < v <= WITHIN, f"above 0 and at most {WITHIN}: how far from 1 it may be")]
+Inside = Annotated[float, Must(lambda v: 0 < v < 1, "above 0 and below 1")]
+
+def in_nats(
+    kl: float | str,  # a budget, in nats or as a share such as "10%"
+    closed: float,    # divergence with every node closed
 ) -> float:
-    "The mean divergence and so many standard errors of it: a normally distributed mean of other pairs would mostly stay below"
-    return (each.mean() + errors * each.std(correction=0) / len(each) ** 0.5).item()
+    "The budget in nats"
+    if not isinstance(kl, str): return kl
+    try: share = float(kl.strip().removesuffix("%")) / 100 if kl.strip().endswith("%") else math.nan
+    except ValueError: share = math.nan
+    return share * closed
+
+Divergence = Annotated[float | str, Must(lambda v: 0 <= in_nats(v, 1.) < math.inf, ""),
+                       "a divergence in nats, or a share of that with every node closed, such as '10%'"]
+
+# %% ../nbs/21_evaluation.ipynb #9154532d
+def excess(
+    examples: Examples,     # pairs, with their answers with every node closed where a share or a faithfulness is asked for
+    logits: torch.Tensor,   # [examples, vocabulary] answers of a circuit
+    kl: float | str,        # divergence that it may have
+    faithfulness: float | None,  # how far from 1 its faithfulness may be; None: as far as it likes
+) -> torch.Tensor:
+    "By how much each pair is over what is asked for, [criteria, examples]: all of it holds where no mean is above 0"
+    full, closed, batch = examples.full, examples.closed, examples.batch
+    if closed is None and (isinstance(kl, str) or faithfulness is not None): raise InputError(
+        "these Examples lack the answers with every node closed: prepare them with closed=True")
+    allowed = in_nats(kl, 1.) * kl_divergence(full, closed) if isinstance(kl, str) and closed is not None else in_nats(kl, 0.)
+    rows = [kl_divergence(full, logits) - allowed]
+    if faithfulness is not None and closed is not None:
+        c, m, e = (logit_difference(answers, batch) for answers in (logits, full, closed))
+        rows += [c - m - faithfulness * (m - e), m - c - faithfulness * (m - e)]
+    return torch.stack(rows).double().cpu()
+
+# %% ../nbs/21_evaluation.ipynb #f6718c3e
+HALF = 600  # pairs with which half of the risk is taken
+
+def bound(
+    each: torch.Tensor,        # [examples] by how much each pair is over
+    confidence: float | None,  # chance that the mean of all pairs like these is not above it; None: the mean of these
+) -> float:
+    "An upper bound of the mean, by Hall's correction for skewness"
+    mean, spread = each.mean().item(), each.std(correction=0).item()
+    if confidence is None or spread == 0: return mean
+    n = len(each)
+    root, z = n ** .5, NormalDist().inv_cdf((1 - confidence) * n / (n + HALF))
+    a = (((each - mean) / spread) ** 3).mean().item() / root
+    t = 3 / a * (math.cbrt(1 + a * (z - a / 6)) - 1) if abs(a) > 1e-6 else z
+    return mean - spread / root * t
+
+# %% ../nbs/21_evaluation.ipynb #4444ba61
+def least_pairs(
+    confidence: float,  # chance that the mean of all pairs like these is within a budget
+) -> int:
+    "Fewest pairs among which those that are as rare as the risk are hardly all missing"
+    return math.ceil(math.log(1 - confidence) / math.log(confidence))
+
+def check_enough(
+    pairs: int,                # to choose a circuit on
+    confidence: float | None,  # asked for; None: that the budget holds on these pairs is enough
+) -> None:
+    "Refuse to hold a budget for pairs not seen where too few are seen"
+    if confidence is None or pairs >= least_pairs(confidence): return
+    raise InputError(
+        f"{pairs} validation pairs to hold a divergence on, with a confidence of {confidence:g} for others: expected at least "
+        f"{least_pairs(confidence)}. Give more pairs (of pairs of your own a quarter is for this); or ask for a size, with "
+        f"keep=; or for a divergence on these pairs alone, with confidence=None, in a search Recipe(confidence=None)")
 
 # %% ../nbs/21_evaluation.ipynb #f9b5386a
+SOME, FEWEST = 64, 16  # pairs after which measuring may end early; fewer where a circuit is measured beside another one
+
+def excess_over(
+    circuit: Circuit,    # found on the model of the examples
+    examples: Examples,  # to measure on
+    kl: float | str,     # divergence that the circuit may have
+    confidence: float | None,  # chance that pairs not measured here hold it too; None: only these
+    faithfulness: float | None = None,  # how far from 1 its faithfulness may be; None: as far as it likes
+    beside: torch.Tensor | None = None, # [criteria, examples] the excess of a circuit that differs by little
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """By how much it is over each criterion, [criteria]: a bound, or, once it is very likely above 0, the mean so far; and the
+    excess of the pairs that were measured, [criteria, examples]"""
+    masks, total, found = circuit.masks().to(examples.host.device), len(examples), []
+    done, errors = 0, 2 if beside is None else 3
+    while done < total:
+        part = examples[done:done + (SOME if beside is None else min(SOME, max(done, FEWEST)))]
+        found.append(excess(part, part.logits(masks), kl, faithfulness))
+        each, done = torch.cat(found, 1), done + len(part)
+        known, change = (0., each) if beside is None else (beside.mean(1), each - beside[:, :done])
+        mean, unseen = known + change.mean(1), (1 / done - 1 / total) ** 0.5
+        if (mean - errors * unseen * change.std(1, correction=0) > 0).any(): return mean, each
+    each = torch.cat(found, 1)
+    return torch.tensor([bound(row, confidence) for row in each]), each
+
 def holds(
     circuit: Circuit,    # found on the model of the examples
     examples: Examples,  # to measure on
-    kl: float,           # divergence that the circuit may have, in nats
-    errors: float,       # standard errors of the mean by which to stay below it
+    kl: float | str,     # divergence that the circuit may have
+    confidence: float | None,  # chance that pairs not measured here hold it too; None: only these
+    faithfulness: float | None = None,  # how far from 1 its faithfulness may be; None: as far as it likes
 ) -> bool:
-    "Whether the mean divergence stays below it; measuring ends early once it very likely does not"
-    masks, each = circuit.masks().to(examples.host.device), torch.empty(0)
-    for part in torch.arange(len(examples)).split(64):
-        part = examples[part]
-        each = torch.cat([each, kl_divergence(part.full, part.logits(masks)).cpu()])
-        mean, spread, unseen = each.mean().item(), each.std(correction=0).item(), (1 / len(each) - 1 / len(examples)) ** 0.5
-        if mean + (errors / len(examples) ** 0.5 - 2 * unseen) * spread > kl: return False
-    return True
+    "Whether the circuit holds what is asked for"
+    return bool((excess_over(circuit, examples, kl, confidence, faithfulness)[0] <= 0).all())
 
 # %% ../nbs/21_evaluation.ipynb #012884c1
 @checked
@@ -118,31 +219,44 @@ def cut_by_size(
     n = round(keep * len(ranked))
     return ranked[n].item() if n < len(ranked) else -torch.inf
 
-# %% ../nbs/21_evaluation.ipynb #fe2216e8
-Divergence = Annotated[float, at_least(0)]
-
 # %% ../nbs/21_evaluation.ipynb #2c08ea0d
+def smallest(
+    good: Callable[[int], bool],  # whether the circuit with the first so many thresholds holds
+    most: int,           # thresholds
+    n: int,              # to begin at
+    factor: float,       # of the first step from there
+    tries: int,          # circuits to measure
+) -> int | None:
+    "The fewest thresholds found that hold; None where none did"
+    few, enough = 0, None
+    for _ in range(tries):
+        n = max(few + 1, min(n, (enough or most) - 1))
+        if n >= (enough or most) or (few and enough and enough - few <= 0.005 * enough): break
+        held = good(n)
+        few, enough = (few, n) if held else (n, enough)
+        n = (few + enough) // 2 if few and enough else int(n / factor) if held else math.ceil(n * factor)
+        factor **= 1.5
+    if enough is None or enough > tries: return enough
+    return next((n for n in range(1, enough) if good(n)), enough)  # among few, one below a bad one may be good
+
+# %% ../nbs/21_evaluation.ipynb #e4d98a37
 @checked
 def cut_by_kl(
     scores: ByLevel,     # level -> tensor [layers, ...]
     examples: Examples,  # pairs to measure on, bound to the model that the scores belong to
-    kl: Divergence,      # divergence that the circuit may have, in nats
-    errors: Annotated[float, at_least(0)] = 0.,  # standard errors of the mean to stay below it, for pairs not measured here
+    kl: Divergence,      # divergence that the circuit may have: in nats, or such as "10%" of that with every node closed
+    confidence: Inside | None = None,  # chance that pairs not measured here hold it too; None: only these
     guess: float | None = None,  # threshold to begin at, which should be nearly right; None: an eighth of the neurons
     tries: Count = 16,           # circuits to measure
+    faithfulness: Within | None = None,  # how far from 1 the faithfulness may be besides; None: as far as it likes
 ) -> float:
     "Threshold of the smallest circuit found that holds the divergence; minus infinity, which keeps everything, if none does"
+    check_enough(len(examples), confidence)
     sites = examples.sites
     ranked = cuts(scores, sites).unique().flip(0)  # equal scores fall together
-    few, enough, most = 0, None, len(ranked)
-    n, factor = (most // 8, 2.) if guess is None else (int((ranked > guess).sum()), 1.2)
-    for _ in range(tries):
-        n = max(few + 1, min(n, (enough or most) - 1))
-        if n >= (enough or most) or (few and enough and enough - few <= 0.005 * enough): break
-        good = holds(from_scores(scores, sites, ranked[n].item()), examples, kl, errors)
-        few, enough = (few, n) if good else (n, enough)
-        n = (few + enough) // 2 if few and enough else int(n / factor) if good else math.ceil(n * factor)
-        factor **= 1.5
+    start, factor = (len(ranked) // 8, 2.) if guess is None else (int((ranked > guess).sum()), 1.2)
+    def good(n): return holds(from_scores(scores, sites, ranked[n].item()), examples, kl, confidence, faithfulness)
+    enough = smallest(good, len(ranked), start, factor, tries)
     return -torch.inf if enough is None else ranked[enough].item()
 
 # %% ../nbs/21_evaluation.ipynb #f690c3c8
@@ -166,7 +280,7 @@ def frontier(
 def neurons_at(
     scores: ByLevel,     # level -> tensor [layers, ...]; higher is kept first
     examples: Examples,  # pairs to measure on, bound to the model that the scores belong to
-    kl: Divergence,      # divergence that the circuit may have on these very pairs, in nats
+    kl: Divergence,      # divergence that the circuit may have on these very pairs: in nats, or such as "10%"
 ) -> int:
     "Neurons of the smallest circuit found of a ranking that holds the divergence"
     return from_scores(scores, examples.sites, cut_by_kl(scores, examples, kl)).n_neurons()
@@ -201,6 +315,11 @@ def score(
     circuit = found if isinstance(found, Circuit) else None
     if isinstance(found, Circuit): scores = lowest(found.scores, found.sites) if found.scores else {}
     else: scores = dict(found)
+    for level, true in truth.items():
+        there = circuit.kept.get(level) if circuit else scores.get(level, true)
+        if there is None or true.dtype != torch.bool or true.shape != there.shape: raise InputError(
+            f"truth[{level!r}] has shape {tuple(true.shape)} and numbers of type {true.dtype}: expected True and False, "
+            f"{'for a level that the circuit has' if there is None else f'of shape {tuple(there.shape)}'}")
     if "attention_neuron" in scores: scores.setdefault("head", scores["attention_neuron"].amax(-1))
     result = {level: overlap(circuit.kept[level], true) if circuit else {} for level, true in truth.items()}
     for level, true in truth.items():

@@ -9,7 +9,7 @@ __all__ = ['Pair', 'read_prompt', 'answer_id', 'pieces', 'one_token', 'Batch', '
 import math, os, re, warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -24,6 +24,7 @@ Text = Annotated[str, "a text that UTF-8 can write"]
 _WORD = Annotated[str, Must(len, "")]
 Right = Annotated[tuple[_WORD, ...], Must(len, ""), "one or more texts, none of them empty"]
 Wrong = Annotated[tuple[_WORD, ...], "texts, none of them empty"]
+Words = Annotated[Mapping[str, str | int], "texts by name"]
 
 Texts = str | list[str] | tuple[str, ...]  # as a user may give answers
 
@@ -41,9 +42,11 @@ class Pair:
     corrupt: Text      # prompt of the same token length that does not
     answer: Right      # right next tokens, with the space before them where there is one
     wrong: Wrong = ()  # wrong next tokens; may be empty
+    slots: Words = field(default_factory=dict, compare=False, repr=False)  # what stood in its template's slots, and the template
 
     if TYPE_CHECKING:  # one text may be given for several
-        def __init__(self, clean: str, corrupt: str, answer: Texts, wrong: Texts = ()) -> None: ...
+        def __init__(self, clean: str, corrupt: str, answer: Texts, wrong: Texts = (),
+                     slots: Mapping[str, str | int] = ...) -> None: ...
 
     def __post_init__(self) -> None:
         for name in ("answer", "wrong"): object.__setattr__(self, name, as_texts(getattr(self, name)))

@@ -46,6 +46,7 @@ class Task:
     valid: tuple[Pair, ...]  # pairs to choose a circuit with
     test: tuple[Pair, ...]   # pairs to judge it by
     tokenizer: Any = field(compare=False, repr=False)  # reads the prompts
+    hold_out: str = "prompts"  # what no two parts share: words, templates, both, prompts, or clean prompts alone
 
     def __post_init__(self) -> None:
         for split in SPLITS:
@@ -71,6 +72,20 @@ class Task:
         "All pairs of one part, as token ids"
         return self._batches[split]
 
+# %% ../nbs/10_tasks.ipynb #afd769b0
+def _warn_shared(task: Task, said: str) -> None:
+    "Warn of held-out pairs with a prompt, clean or corrupt, that a pair of another part has too"
+    parts = [getattr(task, split) for split in SPLITS]
+    where: dict[str, set[int]] = {}
+    for n, part in enumerate(parts):
+        for pair in part:
+            for text in (pair.clean, pair.corrupt): where.setdefault(text, set()).add(n)
+    held_out = parts[1] + parts[2]
+    shared = sum(len(where[pair.clean] | where[pair.corrupt]) > 1 for pair in held_out)
+    if shared: warnings.warn(
+        f"{said}, {shared} of {len(held_out)} held-out pairs: another part has their clean or corrupt prompt too, so that what "
+        "is measured on them is not of new prompts.", stacklevel=5)
+
 # %% ../nbs/10_tasks.ipynb #4027fb35
 def _check(task: Task) -> None:
     "Refuse parts that share a prompt or tell nothing, and warn of pairs that can hardly be meant"
@@ -82,6 +97,7 @@ def _check(task: Task) -> None:
     shared = prompts[0] & prompts[1] | prompts[0] & prompts[2] | prompts[1] & prompts[2]
     if shared: raise InputError(
         f"{said}: the clean prompt {shown(min(shared))} is in more than one part; expected disjoint parts")
+    if task.hold_out != "clean prompts": _warn_shared(task, said)
     pairs, batches = task.train + task.valid + task.test, task._batches.values()
     if all((b.clean == b.corrupt).all() for b in batches): raise InputError(
         f"{said}: clean and corrupt prompt are the same in all {len(pairs)} pairs; expected corrupt prompts that differ")
@@ -161,7 +177,7 @@ def _drawer(name: str, templates: Sequence[str], draw: Draw, change: Corruption)
         template = rng.choice(templates) if len(templates) > 1 else templates[0]
         clean = _filled(template, drawn.slots, where)
         changed = expect(change(drawn.slots, pool, rng), "what the corruption returns", Slots, where)
-        pair = Pair(clean, _filled(template, changed, where), drawn.answer, drawn.wrong)
+        pair = Pair(clean, _filled(template, changed, where), drawn.answer, drawn.wrong, {**drawn.slots, "template": template})
         return clean if drawn.key is None else drawn.key, pair
     return one
 
@@ -194,21 +210,27 @@ def _one_world(one: Drawer, pool: Mapping[str, Any], seed: int, sizes: tuple[int
     return [pairs[:first], pairs[first:second], pairs[second:]]
 
 # %% ../nbs/10_tasks.ipynb #571e3f62
-def _share_out(items: Iterable[Any], seed: int) -> tuple[list[Any], list[Any], list[Any]]:
-    "Half of the items, a quarter and a quarter, by chance"
+HoldOut = Literal["words", "templates", "both", "clean prompts"]
+
+def _share_out(items: Iterable[Any], seed: int, least: int = 1) -> tuple[list[Any], list[Any], list[Any]]:
+    "Half of the items, a quarter and a quarter, or at least so many, by chance"
     items = list(items)
-    quarter = max(1, len(items) // 4)
+    quarter = max(least, len(items) // 4)
     random.Random(seed).shuffle(items)
     return items[2 * quarter:], items[:quarter], items[quarter:2 * quarter]
 
-def _worlds_apart(one: Drawer, pool: Mapping[str, Any], asked: Sequence[Any], seed: int, sizes: tuple[int, ...],
-                  exact: bool) -> list[tuple[Pair, ...]]:
-    "Three parts, each of a draw of its own from its own share of what is asked about"
-    parts = []
-    for split, share, size in zip(SPLITS, _share_out(asked, seed), sizes):
-        own = {**pool, "asked": share}
-        parts.append(_draw_pairs(one, own, f"{seed} {split}", size, size if exact else 1))
-    return parts
+def _shared_out(pool: Mapping[str, Any], apart: Mapping[str, int], asked: Sequence[Any] | None,
+                seed: int) -> list[dict[str, Any]]:
+    "For each part its own words of those lists that have enough for three, what it asks about, and which lists these are"
+    lists = {name: _share_out(pool[name], seed, least) for name, least in apart.items() if len(pool[name]) >= 3 * least}
+    if asked is not None: lists["asked"] = _share_out(asked, seed)
+    return [dict({name: tuple(shares[n]) for name, shares in lists.items()}, apart=tuple(lists)) for n in range(len(SPLITS))]
+
+def _worlds_apart(makes: Sequence[Drawer], pool: Mapping[str, Any], own: Sequence[dict[str, Any]], seed: int,
+                  sizes: tuple[int, ...], exact: bool) -> list[tuple[Pair, ...]]:
+    "Three parts, each of a draw of its own from its own words"
+    return [_draw_pairs(one, {**pool, **words}, f"{seed} {split}", size, size if exact else 1)
+            for one, words, split, size in zip(makes, own, SPLITS, sizes)]
 
 # %% ../nbs/10_tasks.ipynb #a882ea3a
 def _spelt_out(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -253,6 +275,15 @@ Templates = Annotated[tuple[str, ...] | list[str], Must(len, ""),
 WordLists = Annotated[Mapping[str, tuple[str, ...] | list[str]], "lists of words by name"]
 Needs = Annotated[Mapping[str, Count], "numbers of at least 1 by the names of lists"]
 
+# %% ../nbs/10_tasks.ipynb #b1c0e35c
+def _templates_of(name: str, templates: Sequence[str], hold_out: str, seed: int) -> Sequence[Sequence[str]]:
+    "The templates of each part"
+    if hold_out not in ("templates", "both"): return [templates] * len(SPLITS)
+    if len(templates) < len(SPLITS): raise InputError(
+        f"hold_out={shown(hold_out)}: task {shown(name)} has {len(templates)} templates; expected at least {len(SPLITS)}, one "
+        "for each part. Use hold_out='words'")
+    return _share_out(templates, seed)
+
 # %% ../nbs/10_tasks.ipynb #b56159df
 @checked
 def templated(
@@ -267,20 +298,25 @@ def templated(
     words: WordLists = {},     # lists of your own for the pool; words that are not one token after a space are left out
     needs: Needs = {},         # how many words a list of the pool must have at least; lists of your own need 1
     asked: list[Any] | tuple[Any, ...] | None = None,  # what to ask about: each part draws from its own share, pool["asked"]
+    apart: Needs = {},         # lists of the pool of which each part gets words of its own, and how many at least; too short: all
+    hold_out: HoldOut = "words",  # what no two parts share: these words, templates, both, or as little as clean prompts alone
     letters: bool = False,     # single letters in a row are meant; where False, a tokenizer that spells words out is refused
 ) -> Task:
     "A task from templates of your own, filled by a draw and changed by a corruption"
     change = corruption_named(corruption, CORRUPTIONS) if isinstance(corruption, str) else corruption
     tokenizer, seed = tokenizer_of(model), index(seed)
-    pool, one = _pool_for(tokenizer, words, needs), _drawer(name, templates, draw, change)
+    pool, shares = _pool_for(tokenizer, words, needs), _templates_of(name, templates, hold_out, seed)
+    makes = [_drawer(name, own, draw, change) for own in shares]
     sizes, exact = SIZES if n is None else tuple(map(int, n)), n is not None
     if asked is not None and len(asked) < len(SPLITS): raise InputError(
         f"asked={shown(asked)}: expected at least {len(SPLITS)}, one for each of {', '.join(SPLITS)}")
-    if asked is None: parts = _one_world(one, pool, seed, sizes, exact)
-    else: parts = _worlds_apart(one, pool, asked, seed, sizes, exact)
+    own = _shared_out(pool, apart if hold_out in ("words", "both") else {}, asked, seed)
+    one_world = not own[0]["apart"] and hold_out not in ("templates", "both")
+    if one_world: parts = _one_world(makes[0], pool, seed, sizes, exact)
+    else: parts = _worlds_apart(makes, pool, own, seed, sizes, exact)
     _check_reading(name, parts[0][:20], tokenizer, letters)
     train, valid, test = parts
-    return Task(name, getattr(change, "__name__", "own"), seed, train, valid, test, tokenizer)
+    return Task(name, getattr(change, "__name__", "own"), seed, train, valid, test, tokenizer, hold_out)
 
 # %% ../nbs/10_tasks.ipynb #b0973ef0
 FITTING = dict(
@@ -319,7 +355,8 @@ def _draw_gift(pool: Mapping[str, Any], rng: random.Random) -> Drawn:
     first, second = rng.sample(pool["names"], 2)
     giver, receiver = rng.sample((first, second), 2)
     slots = dict(first=first, second=second, giver=giver, place=rng.choice(pool["places"]), thing=rng.choice(pool["things"]))
-    return Drawn(slots, f" {receiver}", f" {giver}", key=frozenset((first, second)))
+    key = None if "names" in pool.get("apart", ()) else frozenset((first, second))  # no part has names of another
+    return Drawn(slots, f" {receiver}", f" {giver}", key=key)
 
 @checked
 def ioi(
@@ -327,10 +364,11 @@ def ioi(
     corruption: str = "unrelated_names",  # or "swap_subject"
     n: Sizes | None = None,               # number of pairs to train, choose and test with; None: up to 2048, 512, 512
     seed: Seed = 0,                       # of the draw
+    hold_out: HoldOut = "words",          # what no two parts share: words, templates, both, or clean prompts alone
 ) -> Task:
     "Indirect object identification: who receives the gift?"
     return templated(model, "ioi", IOI_TEMPLATES, _draw_gift, _fitting(corruption, "ioi"), n, seed,
-                     needs=dict(female=3, male=3, places=3, things=3))
+                     needs=dict(female=3, male=3, places=3, things=3), apart=dict(names=8), hold_out=hold_out)
 
 # %% ../nbs/10_tasks.ipynb #869b8f2d
 YEAR_TEMPLATES = (
@@ -371,7 +409,7 @@ def _years(tokenizer: PreTrainedTokenizerBase, known: int, change: Corruption) -
 def _drawing_years(years: list[dict[str, str]], endings: list[str]) -> Draw:
     "The draw of one of these years, with the endings that are later and those that are not"
     def draw(pool: Mapping[str, Any], rng: random.Random) -> Drawn:
-        slots = dict(rng.choice(years), event=rng.choice(pool["events"]))
+        slots = dict(rng.choice(pool.get("asked", years)), event=rng.choice(pool["events"]))
         start = (slots["century"] + slots["tens"] + slots["units"])[len(slots["stem"]):]
         later, others = (tuple(e for e in endings if (e > start) == right) for right in (True, False))
         return Drawn(slots, later, others)
@@ -383,14 +421,16 @@ def greater_than(
     corruption: str = "year_01",  # or "decade_start"
     n: Sizes | None = None,       # number of pairs to train, choose and test with; None: up to 2048, 512, 512
     seed: Seed = 0,               # of the draw
+    hold_out: HoldOut = "words",  # what no two parts share: words, templates, both, or clean prompts alone
 ) -> Task:
     "Greater than: in which year did it end?"
     tokenizer, change = tokenizer_of(model), _fitting(corruption, "greater_than")
     known = _known_digits(tokenizer)
     texts = [f"{i:0{4 - known}}" for i in range(10 ** (4 - known))]
     endings = [e for e in texts if answer_id(e, tokenizer) is not None]
-    draw = _drawing_years(_years(tokenizer, known, change), endings)
-    return templated(model, "greater_than", YEAR_TEMPLATES, draw, change, n, seed, needs=dict(events=3))
+    years = _years(tokenizer, known, change)
+    return templated(model, "greater_than", YEAR_TEMPLATES, _drawing_years(years, endings), change, n, seed, needs=dict(events=3),
+                     asked=years if hold_out in ("words", "both") else None, apart=dict(events=1), hold_out=hold_out)
 
 # %% ../nbs/10_tasks.ipynb #cb9c0919
 PRONOUN_TEMPLATES = (
@@ -413,21 +453,30 @@ def gendered_pronoun(
     corruption: str = "other_gender",  # or "neutral_word"
     n: Sizes | None = None,            # number of pairs to train, choose and test with; None: up to 2048, 512, 512
     seed: Seed = 0,                    # of the draw
+    hold_out: HoldOut = "words",       # what no two parts share: words, templates, both, or clean prompts alone
 ) -> Task:
     "Gendered pronoun: she or he?"
     change = _fitting(corruption, "gendered_pronoun")
     return templated(model, "gendered_pronoun", PRONOUN_TEMPLATES, _draw_pronoun, change, n, seed,
-                     needs=dict(female=3, male=3, neutral=3, traits=3, roles=3))
+                     needs=dict(female=3, male=3, neutral=3, traits=3, roles=3), apart=dict(female=3, male=3, roles=1),
+                     hold_out=hold_out)
 
 # %% ../nbs/10_tasks.ipynb #4c031950
 AGREEMENT_TEMPLATES = tuple(f"The {{subject}} {between} the {{attractor}}" for between in ("near", "behind", "beside"))
 SINGULAR, PLURAL = (" is", " was", " has"), (" are", " were", " have")
 
 # %% ../nbs/10_tasks.ipynb #5c44352f
+def _two(pool: Mapping[str, Any], words: str, rng: random.Random) -> Sequence[str]:
+    "Two different words of a list, the first of those that the part asks about, where it has its own"
+    if "asked" not in pool: return rng.sample(pool[words], 2)
+    asked = rng.choice(pool["asked"])
+    return asked, rng.choice([word for word in pool[words] if word != asked])
+
 def _drawing_agreement(singular: tuple[str, ...], plural: tuple[str, ...]) -> Draw:
     "The draw of a subject in either number and an attractor in the other one"
     def draw(pool: Mapping[str, Any], rng: random.Random) -> Drawn:
-        (one, many), (other, others) = ((noun, NOUNS[noun]) for noun in rng.sample(pool["nouns"], 2))
+        subject, attractor = _two(pool, "nouns", rng)
+        (one, many), (other, others) = ((noun, NOUNS[noun]) for noun in (subject, attractor))
         if rng.random() < .5: return Drawn(dict(subject=many, counterpart=one, attractor=other), plural, singular)
         return Drawn(dict(subject=one, counterpart=many, attractor=others), singular, plural)
     return draw
@@ -438,6 +487,7 @@ def subject_verb_agreement(
     corruption: str = "other_number",  # the only one
     n: Sizes | None = None,            # number of pairs to train, choose and test with; None: up to 2048, 512, 512
     seed: Seed = 0,                    # of the draw
+    hold_out: HoldOut = "words",       # what no two parts share: words, templates, both, or clean prompts alone
 ) -> Task:
     "Subject-verb agreement: is or are?"
     tokenizer, change = tokenizer_of(model), _fitting(corruption, "subject_verb_agreement")
@@ -445,7 +495,9 @@ def subject_verb_agreement(
     if not known: raise InputError(f"none of the verbs {SINGULAR + PLURAL} is one token in this tokenizer: "
                                    "use tasks.from_pairs with prompts of your own")
     draw = _drawing_agreement(*zip(*known))
-    return templated(model, "subject_verb_agreement", AGREEMENT_TEMPLATES, draw, change, n, seed, needs=dict(nouns=3))
+    nouns = word_pool(model)["nouns"] if hold_out in ("words", "both") else None
+    return templated(model, "subject_verb_agreement", AGREEMENT_TEMPLATES, draw, change, n, seed, needs=dict(nouns=3),
+                     asked=nouns if nouns and len(nouns) >= len(SPLITS) else None, hold_out=hold_out)
 
 # %% ../nbs/10_tasks.ipynb #d855b527
 DOCSTRING_TEMPLATE = """def run(self, {listed0}, {listed1}, {listed2}, {listed3}):
@@ -468,11 +520,13 @@ def docstring(
     corruption: str = "unrelated_words",  # or "swap_listed"
     n: Sizes | None = None,               # number of pairs to train, choose and test with; None: up to 2048, 512, 512
     seed: Seed = 0,                       # of the draw
+    hold_out: HoldOut = "words",          # what no two parts share: words, templates, both, or clean prompts alone
 ) -> Task:
     "Docstring: which argument comes next?"
     change = _fitting(corruption, "docstring")
     return templated(model, "docstring", [DOCSTRING_TEMPLATE], _draw_docstring, change, n, seed,
-                     words=dict(words=ARGUMENTS), needs=dict(words=8, things=8, places=8))
+                     words=dict(words=ARGUMENTS), needs=dict(words=8, things=8, places=8),
+                     apart=dict(words=8, things=2, places=2), hold_out=hold_out)
 
 # %% ../nbs/10_tasks.ipynb #25a9419f
 LISTED, REPEATED = 10, 3  # words of a list, and how many of them are read again
@@ -494,10 +548,12 @@ def induction(
     corruption: str = "unrelated_words",  # or "swap_listed"
     n: Sizes | None = None,               # number of pairs to train, choose and test with; None: up to 2048, 512, 512
     seed: Seed = 0,                       # of the draw
+    hold_out: HoldOut = "words",          # what no two parts share: words, templates, both, or clean prompts alone
 ) -> Task:
     "Induction: what followed the last time?"
     change = _fitting(corruption, "induction")
-    return templated(model, "induction", [INDUCTION_TEMPLATE], _draw_list, change, n, seed, needs=dict(words=2 * LISTED))
+    return templated(model, "induction", [INDUCTION_TEMPLATE], _draw_list, change, n, seed, needs=dict(words=2 * LISTED),
+                     apart=dict(words=2 * LISTED), hold_out=hold_out)
 
 # %% ../nbs/10_tasks.ipynb #fe61ea15
 CAPITAL_TEMPLATE = "The capital of {asked} is"
@@ -506,7 +562,7 @@ SUCCESSOR_TEMPLATE = "First comes {asked}, then comes"
 def _drawing_fact(facts: Mapping[str, str], words: str) -> Draw:
     "The draw of a word to ask about and of another one from that list of the pool; the facts give the answers"
     def draw(pool: Mapping[str, Any], rng: random.Random) -> Drawn:
-        asked = rng.choice(pool["asked"])
+        asked = rng.choice(pool[words] if words in pool["apart"] else pool["asked"])  # the other one is then of this part too
         other = rng.choice([word for word in pool[words] if word != asked])
         return Drawn(dict(asked=asked, other=other), f" {facts[asked]}", f" {facts[other]}", key=(asked, other))
     return draw
@@ -518,11 +574,12 @@ def capital(
     corruption: str = "other_question",  # the only one
     n: Sizes | None = None,              # number of pairs to train, choose and test with; None: up to 2048, 512, 512
     seed: Seed = 0,                      # of the draw
+    hold_out: HoldOut = "words",         # what no two parts share: words, templates, both, or clean prompts alone
 ) -> Task:
     "Capital: which city governs the country?"
     change, draw = _fitting(corruption, "capital"), _drawing_fact(CAPITALS, "countries")
     return templated(model, "capital", [CAPITAL_TEMPLATE], draw, change, n, seed,
-                     needs=dict(countries=3), asked=word_pool(model)["countries"])
+                     needs=dict(countries=3), asked=word_pool(model)["countries"], apart=dict(countries=9), hold_out=hold_out)
 
 # %% ../nbs/10_tasks.ipynb #94b361ee
 @checked
@@ -531,11 +588,12 @@ def successor(
     corruption: str = "other_question",  # the only one
     n: Sizes | None = None,              # number of pairs to train, choose and test with; None: up to 2048, 512, 512
     seed: Seed = 0,                      # of the draw
+    hold_out: HoldOut = "words",         # what no two parts share: words, templates, both, or clean prompts alone
 ) -> Task:
     "Successor: which day, month or number comes next?"
     change, draw = _fitting(corruption, "successor"), _drawing_fact(FOLLOWING, "series")
     return templated(model, "successor", [SUCCESSOR_TEMPLATE], draw, change, n, seed,
-                     needs=dict(series=3), asked=word_pool(model)["series"])
+                     needs=dict(series=3), asked=word_pool(model)["series"], apart=dict(series=9), hold_out=hold_out)
 
 # %% ../nbs/10_tasks.ipynb #680cfcf2
 SUM_TEMPLATE = "{said}{asked} + {second} ={gap}"
@@ -558,12 +616,13 @@ def addition(
     corruption: str = "other_question",  # the only one
     n: Sizes | None = None,              # number of pairs to train, choose and test with; None: up to 2048, 512, 512
     seed: Seed = 0,                      # of the draw
+    hold_out: HoldOut = "words",         # what no two parts share: words, templates, both, or clean prompts alone
 ) -> Task:
     "Addition: what is the sum of two digits?"
     tokenizer, change = tokenizer_of(model), _fitting(corruption, "addition")
     joined = all(answer_id(f" {digit}", tokenizer) is not None for digit in range(2, 10))
     draw = _drawing_sum("", " ") if joined else _drawing_sum(" ", "")
-    return templated(model, "addition", [SUM_TEMPLATE], draw, change, n, seed, asked=SUMS)
+    return templated(model, "addition", [SUM_TEMPLATE], draw, change, n, seed, asked=SUMS, hold_out=hold_out)
 
 # %% ../nbs/10_tasks.ipynb #175885da
 CHOICE_TEMPLATE = "Is it {listed0} (A), {listed1} (B) or {listed2} (C)? It is {asked} ("
@@ -583,19 +642,37 @@ def multiple_choice(
     corruption: str = "other_question",  # or "swap_listed"
     n: Sizes | None = None,              # number of pairs to train, choose and test with; None: up to 2048, 512, 512
     seed: Seed = 0,                      # of the draw
+    hold_out: HoldOut = "words",         # what no two parts share: words, templates, both, or clean prompts alone
 ) -> Task:
     "Multiple choice: which letter stands for it?"
     change = _fitting(corruption, "multiple_choice")
-    return templated(model, "multiple_choice", [CHOICE_TEMPLATE], _draw_choice, change, n, seed, needs=dict(things=3))
+    return templated(model, "multiple_choice", [CHOICE_TEMPLATE], _draw_choice, change, n, seed, needs=dict(things=3),
+                     apart=dict(things=7), hold_out=hold_out)
 
 # %% ../nbs/10_tasks.ipynb #1b7b53b0
-def _divide(pairs: Iterable[Pair], seed: int) -> list[tuple[Pair, ...]]:
-    "Three parts that share no clean prompt"
-    groups = {}
-    for pair in pairs: groups.setdefault(pair.clean, []).append(pair)
-    if len(groups) < len(SPLITS): raise InputError(
+def _linked(pairs: Iterable[Pair], alone: bool) -> list[list[Pair]]:
+    "Groups of pairs that share no prompt with one another, clean or corrupt; or no clean prompt alone"
+    leads: dict[str, str] = {}
+    def first(text: str) -> str:
+        while leads.setdefault(text, text) != text: text = leads[text]
+        return text
+    pairs = list(pairs)
+    for pair in pairs:
+        if not alone: leads[first(pair.corrupt)] = first(pair.clean)
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs: groups.setdefault(first(pair.clean), []).append(pair)
+    return list(groups.values())
+
+def _divide(pairs: Sequence[Pair], seed: int, hold_out: str) -> tuple[list[tuple[Pair, ...]], str]:
+    "Three parts, and what they do not share: prompts, or clean prompts alone where the others link too many pairs"
+    groups: list[list[Pair]] = []
+    for held in dict.fromkeys((hold_out, "clean prompts")):
+        groups = _linked(pairs, held == "clean prompts")
+        if len(groups) < len(SPLITS): continue
+        parts = [tuple(pair for group in part for pair in group) for part in _share_out(groups, seed)]
+        if held == "clean prompts" or min(map(len, parts)) >= max(1, len(pairs) // 8): return parts, held
+    raise InputError(
         f"{len(groups)} different clean prompts; expected at least {len(SPLITS)}, one for each of {', '.join(SPLITS)}")
-    return [tuple(pair for group in part for pair in group) for part in _share_out(groups.values(), seed)]
 
 # %% ../nbs/10_tasks.ipynb #2571b676
 def _joined(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -623,6 +700,7 @@ def from_pairs(
     corruption: str = "own",  # what to call the way the corrupt prompts were made
     seed: Seed = 0,           # of the division into train, valid and test
     skip: bool = False,       # leave out pairs that cannot be used, and warn
+    hold_out: Literal["prompts", "clean prompts"] = "prompts",  # what no two parts share: any prompt, or a clean one alone
 ) -> Task:
     "A task from pairs of your own"
     reader = Reader(model)
@@ -634,8 +712,11 @@ def from_pairs(
     if not found: raise InputError(f"no pairs; expected at least {len(SPLITS)}, each with {', '.join(FIELDS)}")
     _warn_joined(found, reader.tokenizer)
     name = name or (Path(pairs).stem if isinstance(pairs, (str, Path)) else "own pairs")
-    train, valid, test = _divide([pair for _, pair in found], index(seed))
-    return Task(name, corruption, seed, train, valid, test, reader.tokenizer)
+    (train, valid, test), held = _divide([pair for _, pair in found], index(seed), hold_out)
+    if held != hold_out: warnings.warn(
+        f"task {shown(name)}: nearly all pairs are linked by prompts that are clean in one and corrupt in another, so that its "
+        "parts share prompts. Let each prompt occur in few pairs", stacklevel=3)
+    return Task(name, corruption, seed, train, valid, test, reader.tokenizer, held)
 
 # %% ../nbs/10_tasks.ipynb #2c91dcba
 BUILT_IN = {make.__name__: make for make in (ioi, greater_than, gendered_pronoun, subject_verb_agreement, docstring,
@@ -645,13 +726,13 @@ BUILT_IN = {make.__name__: make for make in (ioi, greater_than, gendered_pronoun
 def load(
     model: Any,        # a model from load_model, or a tokenizer
     name: str | Path,  # a name in BUILT_IN, such as "ioi", or the path of a CSV, TSV, JSON or JSONL file
-    **options: Any,    # passed on: corruption, seed, and n for a built-in task or name and skip for a file
+    **options: Any,    # passed on: corruption, seed, hold_out, and n for a built-in task or name and skip for a file
 ) -> Task:
     "A built-in task, or pairs from a file"
     make, path = BUILT_IN.get(str(name).replace("-", "_")), as_path(name)
     if make is None and path.suffix.lower() not in FORMATS: raise InputError(
         f"unknown task {shown(str(name))}: expected {', '.join(BUILT_IN)}, or a file that ends in {ENDINGS}")
-    allowed = ("corruption", "seed", "n") if make else ("corruption", "seed", "name", "skip")
+    allowed = ("corruption", "seed", "n", "hold_out") if make else ("corruption", "seed", "name", "skip", "hold_out")
     for option in options:
         if option not in allowed: raise InputError(
             f"task {shown(str(name))} takes no option {shown(option)}; expected {', '.join(allowed)}")

@@ -59,7 +59,7 @@ def discoveries(folder):
     "Circuits that all find together, also after an interruption, and what they hear whose calls are not the same or are refused"
     model = load_model()
     task = tasks.ioi(model, n=(48, 16, 16))
-    def search(save, **options): return discover(model, task, kl=.3, recipe=Recipe(steps=20), save=save, **options)
+    def search(save, **options): return discover(model, task, kl=.3, recipe=Recipe(steps=20, confidence=None), save=save, **options)
     circuit = search(folder / "run")
     broken_off(lambda: search(folder / "broken"), 8)
     (folder / "full").mkdir(exist_ok=True)
@@ -81,7 +81,7 @@ def of(model):
     run(search, progress=False)
     circuit = short_search(model)
     return dict(fingerprint=fingerprint(model), scores=search.scores.detach(), kept=circuit.kept, kl=evaluate(circuit, model, Pairs())["kl"],
-                attributed=attribute(model, pairs()), full=examples.full)
+                attributed=attribute(model, pairs(), "gradient", signed=True), full=examples.full)
 
 
 def refusals(model, folder):

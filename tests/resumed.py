@@ -21,7 +21,7 @@ from mgprune.files import STATE, read_state
 from mgprune.models import InputError
 from mgprune.training import Recipe
 
-RECIPE = Recipe(steps=40, pairs=32)
+RECIPE = Recipe(steps=40, pairs=32, confidence=None)
 
 
 def forked(act, seconds):

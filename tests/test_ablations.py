@@ -22,7 +22,7 @@ from mgprune.training import Recipe
 from mgprune.tree import LEVELS, SiteMasks, close, level_shapes, site_masks
 
 KINDS = ("embedded", "llama", "qwen2_moe", "gpt_oss")
-QUICK = Recipe(steps=20)
+QUICK = Recipe(steps=20, confidence=None)
 kinds = pytest.mark.parametrize("kind", KINDS)
 ablations = pytest.mark.parametrize("ablation", ABLATIONS)
 
@@ -407,7 +407,7 @@ def is_consistent(circuit):
 def test_searches_for_groups_of_heads(levels, tmp_path):
     model = tiny("llama")
     with pytest.warns(UserWarning): circuit = discover(model, Pairs(), penalties=dict.fromkeys(levels, .05), levels=levels, progress=False,
-                                                       recipe=Recipe(steps=30, rate=.5, batch_size=3))
+                                                       recipe=Recipe(steps=30, rate=.5, batch_size=3, confidence=None))
     assert circuit.sites.n_groups == 2 and circuit.counts()["group"][1] == 4 and "group" in circuit.scores
     assert is_consistent(circuit)
     again = Circuit.load(circuit.save(tmp_path / "groups"), model)
@@ -430,7 +430,7 @@ def test_circuits_with_groups_are_whole():
 
 def test_another_pair_never_answers_for_a_pair(model):
     "Where a pair's corrupt prompt is another pair's clean one, as with countries"
-    capital = tasks.capital(model)
+    capital = tasks.capital(model, hold_out="clean prompts")
     assert not ({p.clean for p in capital.test} & {p.corrupt for p in capital.train}) == set()
     examples = prepare(model, capital, ablation="resample")
     assert ((examples.closed - examples.full).abs().amax(1) > 1e-3).all()

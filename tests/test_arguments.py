@@ -12,7 +12,7 @@ import torch
 import mgprune
 from families import pairs, tiny
 from mgprune import Circuit, load_model, plots, tasks
-from mgprune.attribution import nap
+from mgprune.attribution import attribute
 from mgprune.circuit import from_kept, full_circuit
 from mgprune.gates import HardConcrete, Sigmoid
 from mgprune.models import EMBEDDED, InputError
@@ -47,10 +47,10 @@ def valid(tmp_path_factory):
     rows = [dict(clean=p.clean, corrupt=p.corrupt, answer=p.answer, wrong=p.wrong) for p in task.train]
     return dict(
         model=model, task=task, sites=sites, circuit=circuit, a=circuit, b=full_circuit(sites), examples=examples, batch=batch, pairs=rows, source=rows,
-        scores=nap(model, examples), kept=circuit.kept, f=torch.logical_or, recipe=Recipe(steps=1, batch_size=2), gate=Sigmoid(), progress=False,
-        keep=.2, kl=None, penalties=None, levels=("head", "mlp"), seed=0, n=(3, 1, 1), threshold=0., provenance={}, at=(1.,), measure="kl", steps=1,
+        scores=attribute(model, examples, "gradient"), kept=circuit.kept, f=torch.logical_or, recipe=Recipe(steps=1, batch_size=2), gate=Sigmoid(), progress=False,
+        keep=.2, kl=None, penalties=None, levels=("head", "mlp"), seed=0, n=(3, 1, 1), threshold=0., provenance={}, measure="kl", steps=1,
         batch_size=2, sizes=(.5,), path=path, folder=folder / "new", memory=0, circuits=[circuit], text="The war", words=["Mary"], question="Who?",
-        answer=" Mary", level="head", pair=task.test[0], prompt=task.test[0].clean, splits="test", output=False, closed=True, errors=0., guess=None, tries=1,
+        answer=" Mary", level="head", pair=task.test[0], prompt=task.test[0].clean, splits="test", output=False, closed=True, confidence=None, faithfulness=None, guess=None, tries=1,
         heads=[(0, 0)], places=[(0, 0, 0)], pool=tasks.word_pool(model), slots=dict(first="Mary", second="John", giver="John"), rng=random.Random(0))
 
 
@@ -61,7 +61,7 @@ def arguments(name, f, valid, tmp_path):
         "export.export": dict(path=tmp_path / "e"), "export.to_folder": dict(path=tmp_path / "t"), "files.write_file": dict(path=tmp_path / "f", content=b"x"),
         "evaluation.cut_by_kl": dict(kl=1.), "evaluation.score": dict(found=valid["circuit"], truth=valid["circuit"].kept), "evaluation.neurons_at": dict(kl=3.), "tasks.load": dict(name="ioi", n=(3, 1, 1)), "plots.save_figures": dict(folder=tmp_path / "p"),
         "pairs.cut_before": dict(text="When Mary met John, John saw Mary", answer=" Mary"), "training.discover": dict(keep=.2, recipe=valid["recipe"], progress=False),
-        "training.sweep": dict(keep=(.2,), recipe=valid["recipe"], progress=False), "attribution.sampled_gradient": dict(n=2),
+        "training.sweep": dict(keep=(.2,), recipe=valid["recipe"], progress=False),
         "corruption.corruption_named": dict(name="swap_subject", allowed=("swap_subject",)), "corruption.random_tokens": dict(rng=random.Random(0)),
         **{f"corruption.{name}": dict(slots=slots) for name, slots in SLOTS.items()}, "plots.written_logits": dict(level="attention_neuron"),
         "pairs.read_prompt": dict(tokenizer=valid["model"].tokenizer), "pairs.answer_id": dict(tokenizer=valid["model"].tokenizer),

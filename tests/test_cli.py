@@ -178,7 +178,7 @@ def test_pairs_from_a_file_are_found_again(pairs, tmp_path, capsys):
     (["discover", "ioy"], "unknown task 'ioy': expected ioi, greater_than, gendered_pronoun"),
     (["discover", "ioi", "--kl", "-1"], "kl=-1.0: expected a divergence above 0"),
     (["discover", "ioi", "--kl", "nan"], "expected a divergence above 0"),
-    (["discover", "ioi", "--kl", "much"], "invalid float value: 'much'"),
+    (["discover", "ioi", "--kl", "much"], "invalid budget value: 'much'"),
     (["discover", "ioi", "--keep", "2"], "keep=2.0: expected a share"),
     (["discover", "ioi", "--kl", "1", "--keep", ".1"], "exactly one of"),
     (["discover", "ioi", "--levels", "head,neuron"], "neuron"),

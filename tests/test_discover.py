@@ -13,7 +13,7 @@ from mgprune.models import InputError, fingerprint
 from mgprune.sites import find_sites
 from mgprune.training import Goal, Recipe, check_circuit
 
-QUICK = Recipe(steps=20)
+QUICK = Recipe(steps=20, confidence=None)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,18 @@ def test_sweep_is_nested_and_of_the_sizes_asked_for(model, task):
     assert [c.n_neurons() for c in circuits] == [round(k * 2560) for k in (.3, .1, .02)]
     assert all((small.kept[l] <= large.kept[l]).all() for large, small in zip(circuits, circuits[1:]) for l in small.kept)
     assert all(abs(evaluate(c, model, task)["kl"] - c.provenance["metrics"]["kl"]) < 1e-6 for c in circuits)
+
+
+def test_a_share_and_a_faithfulness_hold_on_the_pairs_to_choose_on(model, task):
+    circuits = sweep(model, task, kl=("20%", "10%"), faithfulness=.2, recipe=QUICK, progress=False)
+    for circuit, share in zip(circuits, (.2, .1)):
+        measured = evaluate(circuit, model, list(task.valid))
+        assert measured["kl"] <= share * measured["closed_kl"] and abs(1 - measured["faithfulness"]) <= .2
+    one = discover(model, task, kl="10%", faithfulness=.2, recipe=QUICK, progress=False)
+    measured = evaluate(one, model, list(task.valid))
+    assert measured["kl"] <= .1 * measured["closed_kl"] and one.provenance["hold_out"] == "words"
+    with pytest.raises(InputError, match="16 validation pairs .* expected at least 59"): discover(model, task, kl=.1, progress=False)
+    with pytest.raises(InputError, match="at most 0.5: how far from 1"): discover(model, task, kl=.1, faithfulness=.9)
 
 
 def test_nan_is_refused(task):

@@ -18,7 +18,7 @@ from mgprune.many import arguments_of, content, named
 from mgprune.models import InputError, fingerprint
 from mgprune.training import Recipe
 
-QUICK = Recipe(steps=8)
+QUICK = Recipe(steps=8, confidence=None)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ from mgprune import discover_all, load_model, tasks
 from mgprune.training import Recipe
 model = load_model()
 task = tasks.ioi(model, n=(48, 16, 16))
-jobs = [dict(model=model, task=task, seed=seed, recipe=Recipe(steps=steps)) for seed, steps in enumerate((5, 5, 100_000, 100_000))]
+jobs = [dict(model=model, task=task, seed=seed, recipe=Recipe(steps=steps, confidence=None)) for seed, steps in enumerate((5, 5, 100_000, 100_000))]
 try: discover_all(jobs, sys.argv[1], workers=int(sys.argv[2]), progress=False)
 except KeyboardInterrupt: print("interrupted", flush=True)
 """
@@ -113,7 +113,7 @@ def test_an_interrupt_keeps_what_is_finished(workers, request, model, task, tmp_
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does it
     assert run.communicate(timeout=60)[0] == "interrupted\n"
     assert not psutil.wait_procs(started, timeout=10)[1]
-    jobs = [dict(model=model, task=task, seed=seed, recipe=Recipe(steps=5)) for seed in (0, 1)]
+    jobs = [dict(model=model, task=task, seed=seed, recipe=Recipe(steps=5, confidence=None)) for seed in (0, 1)]
     assert {p.stem for p in (tmp_path / "runs").iterdir()} == {*map(name, jobs)}
     before = [p.stat().st_mtime_ns for p in sorted((tmp_path / "runs").iterdir())]
     circuits, _ = discover_all(jobs, tmp_path / "runs", workers=1, progress=False)

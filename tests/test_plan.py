@@ -18,7 +18,7 @@ from mgprune.streams import MOST_KEPT, bind, prepare, reference_of, room
 from mgprune.training import Asked, Goal, Recipe, Search, check_plan, in_words, next_size, slopes, step, tried
 from mgprune.tree import DEFAULT_LEVELS
 
-SMALL = Recipe(steps=30, batch_size=16, pairs=24)
+SMALL = Recipe(steps=30, batch_size=16, pairs=24, confidence=None)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def task(model):
-    return tasks.ioi(model, n=(32, 12, 20))
+    return tasks.ioi(model, n=(48, 12, 20))
 
 
 class Many(Pairs):
@@ -65,7 +65,7 @@ def test_a_step_keeps_what_was_said(model, task):
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gpt_neox", "qwen2_moe"])
 def test_a_step_of_a_tiny_model_keeps_what_was_said(kind):
-    model, recipe = tiny(kind), Recipe(steps=20, batch_size=24, pairs=30)
+    model, recipe = tiny(kind), Recipe(steps=20, batch_size=24, pairs=30, confidence=None)
     said, found = plan(model, Many(), recipe=recipe).step, kept_in_steps(model, Many(), recipe)
     assert abs(said - found) < .2 * found
 
@@ -83,7 +83,7 @@ def test_recorded_values_take_what_was_said(ablation, model, task):
 @pytest.mark.parametrize("ablation", ["corrupt", "zero", "mean"])
 @pytest.mark.parametrize("kind", [k for k, options in TINY.items() if "num_experts_per_tok" in options])
 def test_mixtures_are_planned(kind, ablation):
-    model, recipe = tiny(kind), Recipe(steps=3, batch_size=3)
+    model, recipe = tiny(kind), Recipe(steps=3, batch_size=3, confidence=None)
     reference = Pairs().batch("train")
     said = plan(model, Pairs(), keep=.3, recipe=recipe, ablation=ablation)
     assert said.recorded == nbytes(bind(trusted(model), reference, ABLATIONS[ablation], reference).held.recording)

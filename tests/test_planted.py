@@ -11,7 +11,7 @@ from mgprune import planted, tasks
 from mgprune.circuit import from_kept, full_circuit
 from mgprune.evaluation import auroc, measured, overlap, score
 from mgprune.models import InputError, load_model
-from mgprune.planted import build, plant
+from mgprune.planted import MECHANISMS, build, enough, hard, plant
 from mgprune.sites import find_sites
 from mgprune.streams import prepare
 
@@ -27,7 +27,7 @@ def architecture(p): return p.model.config.model_type
 
 
 @pytest.fixture(scope="module")
-def given_pairs(p): return {task: prepare(p.model, task, most=128) for task in TASKS}
+def given_pairs(p): return {task: prepare(p.model, tasks.load(p.model, task, hold_out="clean prompts"), most=128) for task in TASKS}  # of all words
 
 
 def kl_of(kept, examples): return measured(from_kept(kept, examples.sites), examples)["kl"]
@@ -125,7 +125,49 @@ def test_score_of_a_circuit_and_of_a_ranking(p):
 
 
 def test_fewer_pairs_where_the_model_knows_few_names(p):
-    task = tasks.ioi(p.model)
+    task = tasks.ioi(p.model, hold_out="clean prompts")
     train, valid, test = (len(part) for part in (task.train, task.valid, task.test))
     assert 100 < valid == test < 512 and 4 * valid <= train < 4 * valid + 6
-    with pytest.raises(InputError, match="ask for fewer"): tasks.ioi(p.model, n=(2048, 512, 512))
+    with pytest.raises(InputError, match="ask for fewer"): tasks.ioi(p.model, n=(2048, 512, 512), hold_out="clean prompts")
+
+
+@pytest.fixture(scope="module")
+def mechanisms(): return {name: hard(name, seed=1, n=(8, 8, 200)) for name in MECHANISMS}
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_what_counts_as_right_is_what_trying_every_set_of_parts_finds(mechanisms, name):
+    for corruption, right in mechanisms[name].right.items():
+        assert sorted(map(sorted, enough(mechanisms[name], corruption))) == sorted(map(sorted, right))
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_a_mechanism_is_a_small_stock_model_that_is_right(mechanisms, name):
+    h = mechanisms[name]
+    config = h.model.config
+    assert type(h.model) is GPT2LMHeadModel and config.n_embd <= 64 and config.n_layer <= 3
+    for task in h.tasks.values():
+        examples = prepare(h.model, task)
+        alone = measured(from_kept(h.nodes(h.roles), examples.sites), examples)
+        assert alone["full_accuracy"] == 1 and abs(alone["kl"]) < (.01 if name == "stray" else 1e-4)
+
+
+def test_parts_are_apart_and_come_in_order(mechanisms):
+    for h in mechanisms.values():
+        every = torch.stack([torch.cat([nodes[level].flatten() for level in ("attention_neuron", "mlp_neuron")])
+                             for nodes in h.roles.values()])
+        assert every.any(1).all() and every.sum(0).max() == 1
+    layer = {role: nodes["head"].nonzero()[0, 0].item() for role, nodes in mechanisms["backup"].roles.items()}
+    assert layer["first"] == layer["first done"] < layer["second"]
+
+
+def test_the_rare_word_is_as_rare_as_said_in_every_part(mechanisms):
+    for name, every in (("rare", 33), ("very_rare", 200)):
+        task = hard(name, n=(600, 200, 400)).tasks["flipped"]
+        for split, size in (("train", 600), ("valid", 200), ("test", 400)):
+            assert sum(" on " in f" {pair.clean} " for pair in getattr(task, split)) == math.ceil(size / every)
+
+
+def test_a_seed_moves_the_parts_and_an_unknown_mechanism_is_refused():
+    assert len({tuple(hard("negative", seed, (4, 4, 4)).nodes(["first"])["head"].flatten().tolist()) for seed in range(6)}) > 1
+    with pytest.raises(InputError, match="unknown mechanism 'or': expected one of redundant, backup"): hard("or")

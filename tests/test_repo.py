@@ -64,7 +64,7 @@ def test_opens_with_a_title_and_one_sentence(path):
 @notebooks
 def test_exported_cells_are_short(path):
     for cell in exported(path):
-        if "\nclass Circuit:" in cell["source"]: continue  # whose methods lead to all modules, and are looked up by its name
+        if re.search(r"\nclass (Circuit|Graph):", cell["source"]): continue  # whose methods lead to all that is done with them
         assert len(cell["source"].splitlines()) <= 40, f"cell {cell['id']} has over 40 lines"
 
 
@@ -255,7 +255,7 @@ def test_public_side_is_small():
     functions = [node for node in named if isinstance(node, ast.FunctionDef)]
     lacking = [f.name for f in functions if not ast.get_docstring(f) or unannotated(f)]
     assert not lacking, f"without docstring or types: {', '.join(lacking)}"
-    assert sum(len(listed(ast.parse(path.read_text(encoding="utf-8")))) for path in MODULES) < 150
+    assert sum(len(listed(ast.parse(path.read_text(encoding="utf-8")))) for path in MODULES) < 175
 
 
 @modules

@@ -22,7 +22,7 @@ from mgprune.models import InputError
 from mgprune.training import Recipe
 
 ROOT = Path(__file__).parent.parent
-QUICK = dict(recipe=Recipe(steps=24, pairs=32), progress=False)
+QUICK = dict(recipe=Recipe(steps=24, pairs=32, confidence=None), progress=False)
 PRICES = {"head": .01, "mlp": .01, "attention_neuron": 1e-4, "mlp_neuron": 1e-4}
 
 
@@ -76,7 +76,7 @@ def test_a_sweep_goes_on_too(model, task, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt): sweep(model, task, [.3, .1], **QUICK, save=tmp_path)
     assert read_state(tmp_path)[1]["steps"] == 8
     with monkeypatch.context() as patch:  # the search is at its end, and one of its circuits is written
-        patch.setattr(training, "circuit_at", stopping(training.circuit_at, 2))
+        patch.setattr(training, "ended", stopping(training.ended, 2))
         with pytest.raises(KeyboardInterrupt): sweep(model, task, [.3, .1], **QUICK, save=tmp_path)
     assert (tmp_path / "circuit-0.3.json").exists() and not (tmp_path / "circuit-0.1.json").exists()
     for _ in range(2):
@@ -207,7 +207,7 @@ def content(folder): return {p.name: p.read_bytes() for p in folder.iterdir()}
 @pytest.mark.parametrize("options, says", [
     (dict(keep=.3), "keep was 0.2 and is 0.3"), (dict(keep=None, kl=.1), "kl was None and is 0.1; keep was 0.2 and is None"),
     (dict(keep=None, penalties=PRICES), "penalties"), (dict(seed=1), ": seed was 0 and is 1. Ask for what"), (dict(levels=("head", "mlp_neuron")), "levels was "),
-    (dict(recipe=Recipe(steps=25, pairs=32)), "recipe.steps was 24 and is 25"), (dict(recipe=Recipe(steps=24)), "recipe.pairs was 32 and is 512"),
+    (dict(recipe=Recipe(steps=25, pairs=32, confidence=None)), "recipe.steps was 24 and is 25"), (dict(recipe=Recipe(steps=24, confidence=None)), "recipe.pairs was 32 and is 512"),
     (dict(gate=HardConcrete()), "gate.name was 'Sigmoid' and is 'HardConcrete'"), (dict(ablation="zero"), "ablation was 'corrupt' and is 'zero'")])
 def test_other_settings_are_refused_by_name(model, task, broken_off, options, says):
     before = content(broken_off)

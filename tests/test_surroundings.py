@@ -9,7 +9,7 @@ import torch
 
 from mgprune import Circuit, discover, evaluate, load_model, tasks
 from mgprune.applied import recorded_prompts
-from mgprune.attribution import nap
+from mgprune.attribution import attribute
 from mgprune.circuit import from_kept
 from mgprune.hooks import host_of
 from mgprune.models import InputError
@@ -18,7 +18,7 @@ from mgprune.sites import find_sites
 from mgprune.streams import prepare
 from mgprune.training import Recipe
 
-QUICK = Recipe(steps=20)
+QUICK = Recipe(steps=20, confidence=None)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_a_prompt_with_two_corrupt_twins_is_told_by_its_place(model, task, circu
 
 def test_nothing_is_measured_while_a_circuit_is_applied(model, task, circuit):
     with circuit.applied(model, task):
-        for use in (lambda: evaluate(circuit, model, task), lambda: prepare(model, task.batch("test")), lambda: nap(model, task),
+        for use in (lambda: evaluate(circuit, model, task), lambda: prepare(model, task.batch("test")), lambda: attribute(model, task, "gradient"),
                     lambda: circuit.applied(model, task).__enter__(), lambda: discover(model, task, recipe=QUICK, progress=False)):
             with pytest.raises(InputError, match="a circuit is applied to this model"): use()
     assert evaluate(circuit, model, task)["kl"] > 0
@@ -181,14 +181,14 @@ def test_examples_of_other_weights_are_refused(task, circuit):
     with torch.no_grad(): model.transformer.h[0].attn.c_proj.weight.mul_(2)
     bare = replace(circuit, provenance={})
     with pytest.raises(InputError, match="other weights"): evaluate(bare, model, examples)
-    with pytest.raises(InputError, match="other weights"): nap(model, examples)
+    with pytest.raises(InputError, match="other weights"): attribute(model, examples, "gradient")
 
 
 def test_every_use_refuses_a_task_of_another_tokenizer(model, task, circuit):
     other = load_model().tokenizer
     other.add_tokens(["another"])
     foreign = replace(task, tokenizer=other)
-    for use in (lambda: evaluate(circuit, model, foreign), lambda: nap(model, foreign), lambda: circuit.applied(model, foreign).__enter__()):
+    for use in (lambda: evaluate(circuit, model, foreign), lambda: attribute(model, foreign, "gradient"), lambda: circuit.applied(model, foreign).__enter__()):
         with pytest.raises(InputError, match="tokenizer of another model"): use()
 
 
@@ -233,7 +233,7 @@ def test_gradients_switched_off_for_the_whole_notebook(model, task):
     torch.set_grad_enabled(False)
     try:
         assert discover(model, task, keep=.2, recipe=QUICK, progress=False) == on
-        assert nap(model, task)["mlp_neuron"].any()
+        assert attribute(model, task, "gradient")["mlp_neuron"].any()
         assert not torch.is_grad_enabled()
     finally: torch.set_grad_enabled(True)
 

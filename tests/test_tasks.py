@@ -68,21 +68,21 @@ def every_word():
 
 # of all pairs that seed 0 gives, as they were before the built-in tasks were written with `templated`
 ALL_PAIRS = {
-    "ioi unrelated_names": "6d8ef74ea8383a85",
-    "ioi swap_subject": "67a47b965c306e8e",
-    "greater_than year_01": "8901375d785036f6",
-    "greater_than decade_start": "c4788e7e553afee6",
-    "gendered_pronoun other_gender": "8173b2f72d892f30",
-    "gendered_pronoun neutral_word": "d39469f4673f0a4e",
-    "subject_verb_agreement other_number": "e6e4ba76608c5805",
-    "docstring unrelated_words": "573972a674e94702",
-    "docstring swap_listed": "40b0886c6d0d0b5e",
-    "induction unrelated_words": "8222d53b764e294c",
-    "induction swap_listed": "670228b8f3de1def",
-    "capital other_question": "409953abebe6cc7d",
+    "ioi unrelated_names": "38c3e9a8ea33f53f",
+    "ioi swap_subject": "2118172067a356a9",
+    "greater_than year_01": "dc559751e450a84b",
+    "greater_than decade_start": "13b59b1fb9576426",
+    "gendered_pronoun other_gender": "96c55fff9abf76f2",
+    "gendered_pronoun neutral_word": "ef8a7e641d27ac6b",
+    "subject_verb_agreement other_number": "656e03003495436d",
+    "docstring unrelated_words": "5b9855f5d2e7b627",
+    "docstring swap_listed": "8bf265f3ed2ece87",
+    "induction unrelated_words": "453b8065c4ea7fd8",
+    "induction swap_listed": "d627f61784ffc2e4",
+    "capital other_question": "b75ed94f21e548d6",
     "addition other_question": "d59c609426926dee",
-    "multiple_choice other_question": "f7812a60e0e0683c",
-    "multiple_choice swap_listed": "b60b94f747cf0d73"}
+    "multiple_choice other_question": "fa20f7aad478ccc0",
+    "multiple_choice swap_listed": "f2b51070a7fee5af"}
 
 
 def drawn(task): return digest(repr([(p.clean, p.corrupt, p.answer, p.wrong) for part in splits(task) for p in part]).encode())
@@ -93,7 +93,9 @@ def test_built_in_task(model, name, corruption):
     task = tasks.load(model, name, corruption=corruption)
     assert drawn(task) == ALL_PAIRS[f"{name} {corruption}"]
     prompts = [{p.clean for p in part} for part in splits(task)]
-    assert sum(map(len, prompts)) == len(set.union(*prompts)) and sum(map(len, splits(task))) >= 512 and len(task.test) >= 100
+    assert sum(map(len, prompts)) == len(set.union(*prompts)) and sum(map(len, splits(task))) >= 256 and len(task.test) >= 64
+    both = [{text for p in part for text in (p.clean, p.corrupt)} for part in splits(task)]
+    assert sum(map(len, both)) == len(set.union(*both))
     if name not in ("capital", "subject_verb_agreement"): assert [len(part) for part in splits(task)] == [2048, 512, 512]
     if name not in APART: assert sum(map(len, splits(task))) == sum(map(len, prompts))
     assert len({p for part in splits(task) for p in part}) == sum(map(len, splits(task)))
@@ -103,6 +105,39 @@ def test_built_in_task(model, name, corruption):
     assert (batch.clean[:, -1] == batch.corrupt[:, -1]).all() and batch.attention_mask[:, -1].all()
     assert (batch.attention_mask.diff(dim=1) >= 0).all()  # padding on the left only
     assert (batch.answer[:, 0] >= 0).all() and (batch.wrong[:, 0] >= 0).all()
+
+
+HELD_OUT = dict(ioi=("first", "second", "giver"), greater_than=("event",), gendered_pronoun=("name", "role"), subject_verb_agreement=("subject", "counterpart"),
+                docstring=("thing", "place"), induction=tuple(f"listed{i}" for i in range(10)), capital=("asked", "other"), multiple_choice=("listed0", "listed1", "listed2"))
+
+
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_parts_have_words_of_their_own(model, name):
+    task = tasks.load(model, name)
+    words = [{p.slots[slot] for p in part for slot in HELD_OUT[name]} for part in splits(task)]
+    assert all(words) and sum(map(len, words)) == len(set.union(*words))
+    if name == "greater_than": assert len({p.clean[-9:] for p in task.train}) > 1 and not {year(p) for p in task.train} & {year(p) for p in task.test}
+    if name not in ("capital", "docstring", "induction", "multiple_choice"):
+        for held in ("templates", "both"):
+            apart = [{p.slots["template"] for p in part} for part in splits(tasks.load(model, name, n=SMALL, hold_out=held))]
+            assert sum(map(len, apart)) == len(set.union(*apart))
+    else:
+        with pytest.raises(InputError, match="has 1 templates; expected at least 3"): tasks.load(model, name, hold_out="templates")
+
+
+def year(pair): return "".join(str(pair.slots[part]) for part in ("century", "tens", "units"))
+
+
+def test_parts_of_own_pairs_share_no_prompt(model):
+    words = [" " + w for w in "Mary John Emma Mark Laura Tom Julia James".split()]
+    def pair(a, b): return dict(clean=f"Then{words[a]} met", corrupt=f"Then{words[b]} met", answer=" Anna")
+    apart = tasks.from_pairs(model, [pair(a, a ^ 1) for a in range(8)])
+    texts = [{text for p in part for text in (p.clean, p.corrupt)} for part in splits(apart)]
+    assert sum(map(len, texts)) == len(set.union(*texts)) and apart.hold_out == "prompts" and [*map(len, splits(apart))] == [4, 2, 2]
+    with pytest.warns(UserWarning, match="linked by prompts"): cycle = tasks.from_pairs(model, [pair(a, (a + 1) % 8) for a in range(8)])
+    assert cycle.hold_out == "clean prompts" and cycle == tasks.from_pairs(model, [pair(a, (a + 1) % 8) for a in range(8)], hold_out="clean prompts")
+    with pytest.warns(UserWarning, match="1 of 2 held-out pairs: another part has"):
+        Task("own", "own", 0, *[(Pair(**pair(*two)),) for two in ((0, 1), (2, 0), (4, 5))], model)
 
 
 @pytest.mark.parametrize("name, corruption", BUILT_IN)
@@ -118,6 +153,22 @@ def test_the_same_seed_gives_the_same_pairs_whatever_the_global_state(model, nam
 
 
 DRAWN = {
+    "ioi unrelated_names": "339aaeacf0b2a630",
+    "ioi swap_subject": "3b844698bf86fd45",
+    "greater_than year_01": "488e3fcd623f776a",
+    "greater_than decade_start": "127121fdc7a4ca1d",
+    "gendered_pronoun other_gender": "86cfaa25505c8d39",
+    "gendered_pronoun neutral_word": "f5b9c1f77eecd26b",
+    "subject_verb_agreement other_number": "a45665793dfb2e09",
+    "docstring unrelated_words": "5fe3226b17196c34",
+    "docstring swap_listed": "96ff73dc3a6fd7ae",
+    "induction unrelated_words": "d5cb201e771bd7de",
+    "induction swap_listed": "79bb13fa85362ce9",
+    "capital other_question": "385b2f962e2f860b",
+    "addition other_question": "0b9e408460343fe0",
+    "multiple_choice other_question": "5cc3bc5f6a9ffb89",
+    "multiple_choice swap_listed": "295c83437dd0b926"}
+DRAWN_BEFORE = {  # by versions whose parts shared words, for circuits that were found then
     "ioi unrelated_names": "73345ebc8cf1222d",
     "ioi swap_subject": "f5ecf9a0bf7c37fd",
     "greater_than year_01": "e17333d896b307cc",
@@ -139,6 +190,7 @@ DRAWN = {
 def test_a_seed_goes_on_giving_the_pairs_it_gave(model, name):
     task, corruption = name.split()
     assert drawn(tasks.load(model, task, corruption=corruption, n=(8, 8, 8))) == DRAWN[name]
+    assert drawn(tasks.load(model, task, corruption=corruption, n=(8, 8, 8), hold_out="clean prompts")) == DRAWN_BEFORE[name]
 
 
 @pytest.mark.parametrize("name, corruption", KNOWN)
@@ -361,11 +413,11 @@ def test_any_text_survives_a_file(tmp_path, rows):
 @settings(max_examples=30, deadline=None)
 def test_parts_share_no_prompt_and_lose_none(count, seed):
     pairs = [Pair(f"a{i // 2 if i > 5 else i}", f"b{i}", ("c",)) for i in range(count)]
-    parts = tasks._divide(pairs, seed)
+    parts, held = tasks._divide(pairs, seed, "prompts")
     prompts = [{p.clean for p in part} for part in parts]
     assert all(prompts) and sum(map(len, prompts)) == len(set.union(*prompts))
     assert sorted(p.corrupt for part in parts for p in part) == sorted(p.corrupt for p in pairs)
-    assert parts == tasks._divide(pairs, seed)
+    assert (parts, held) == tasks._divide(pairs, seed, "prompts")
 
 
 REFUSED = [

@@ -76,7 +76,8 @@ def test_every_control_shows_what_applied_computes(view, kinds):
         elif kind == "prompt": view.prompt.value = rng.randrange(6)
         else: view.ablation.value = rng.choice(("corrupt", "mean", "zero"))
         assert view.circuit == chosen(CIRCUIT, view.choice)
-        assert shown_probability(view) == applied_probability(view.circuit, TASK.test[view.prompt.value], view.ablation.value)
+        applied = applied_probability(view.circuit, TASK.test[view.prompt.value], view.ablation.value)
+        assert abs(float(shown_probability(view)[:-1]) - float(applied[:-1])) < .011  # both are rounded
         assert {n for n, b in view.nodes.items() if b.value} == {n for n in NODES if is_kept(view.circuit, n)}
         seen.add(shown_probability(view))
     assert len(seen) > 4

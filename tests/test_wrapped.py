@@ -14,7 +14,7 @@ from mgprune.passes import answer_logits
 from mgprune.streams import prepare
 from mgprune.training import Recipe
 
-QUICK = Recipe(steps=20)
+QUICK = Recipe(steps=20, confidence=None)
 
 
 def lora(**options):

@@ -17,7 +17,7 @@ import torch
 from shared import browser, free_port, server
 
 from mgprune import Circuit, load_model, tasks
-from mgprune.attribution import nap_ig
+from mgprune.attribution import attribute
 from mgprune.circuit import from_kept, from_scores
 from mgprune.evaluation import cut_by_size
 from mgprune.models import fingerprint
@@ -51,7 +51,7 @@ def prepared(folder):
     "A circuit of the embedded model and a notebook that opens it, in `folder`; returns the model, the task and the circuit"
     model = load_model()
     task = tasks.ioi(model, n=(64, 16, 16))
-    scores, sites = nap_ig(model, task), find_sites(model)
+    scores, sites = attribute(model, task, signed=True), find_sites(model)
     circuit = from_scores(scores, sites, cut_by_size(scores, sites, .2), dict(model="embedded", fingerprint=fingerprint(model), task=task.name))
     circuit.save(folder / "found.json")
     for name, cell in (("small", OPEN), ("large", LARGE)):

@@ -1,0 +1,335 @@
+"What a circuit is worth: the fast measures equal slow and obvious ones."
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from mgprune import evaluate, load_model, prepare, tasks
+from mgprune.ablations import ABLATIONS, zero
+from mgprune.agreement import fitted, loss_with, under_ablations
+from mgprune.attribution import random_ranking
+from mgprune.circuit import from_kept, from_scores
+from mgprune.controls import controls
+from mgprune.curves import FRACTIONS, best_items, items, mib_curve, read_scores
+from mgprune.hypotheses import gaussian, holm, hypotheses, matched, p_at_least, p_at_most, p_equivalent, p_independent
+from mgprune.models import frozen
+from mgprune.necessity import complement, necessity, nodes_of, without
+from mgprune.objective import kl_divergence
+from mgprune.pairs import Batch
+from mgprune.passes import Recording
+from mgprune.report import faithful, report
+from mgprune.sites import find_sites
+from mgprune.tree import SiteMasks, level_shapes
+from mgprune.worth import interval, ratio_interval, standard_error, worth
+
+
+@pytest.fixture(scope="module")
+def model(): return load_model()
+
+
+@pytest.fixture(scope="module")
+def task(model): return tasks.ioi(model, n=(48, 8, 48))
+
+
+@pytest.fixture(scope="module")
+def examples(model, task): return prepare(model, task)
+
+
+def some_circuit(sites, seed=0, share=.7):
+    "Random heads and MLP neurons"
+    noise = torch.Generator().manual_seed(seed)
+    shapes = dict(head=(sites.n_layers, sites.n_heads), mlp_neuron=(sites.n_layers, sites.mlp_width))
+    return from_kept({level: torch.rand(shape, generator=noise) < share for level, shape in shapes.items()}, sites)
+
+
+# --- worth
+
+def test_worth_equals_a_loop_over_pairs(model, examples):
+    circuit = some_circuit(examples.sites)
+    found = worth(circuit, model, examples, draws=200)
+    numbers = []
+    for i in range(len(examples)):
+        one = examples[i]
+        logits = one.logits(circuit.masks())[0]
+        answer, wrong = one.batch.answer[0, 0], one.batch.wrong[0, 0]
+        numbers.append([kl_divergence(one.full, logits[None]).item(), logits.softmax(-1)[answer].item(),
+                        *((x[answer] - x[wrong]).item() for x in (logits, one.full[0], one.closed[0]))])
+    kl, probability, c, m, e = np.array(numbers).T
+    assert np.allclose(found.pairs["kl"], kl, atol=1e-4) and np.allclose(found.pairs["probability"], probability, atol=1e-5)
+    assert np.isclose(found.row("kl")["value"], kl.mean(), atol=1e-5)
+    assert np.isclose(found.row("kl")["error"], kl.std() / len(kl) ** .5, atol=1e-5)
+    assert np.isclose(found.row("kl")["p99"], np.quantile(kl, .99), atol=1e-4)
+    assert np.isclose(found.row("faithfulness")["value"], (c.mean() - e.mean()) / (m.mean() - e.mean()), atol=1e-5)
+    counts = np.random.default_rng(0).multinomial(48, np.full(48, 1 / 48), size=200)
+    slow = []
+    for drawn in counts:
+        rows = np.repeat(np.arange(48), drawn)
+        slow.append((c[rows].mean() - e[rows].mean()) / (m[rows].mean() - e[rows].mean()))
+    assert np.allclose([found.row("faithfulness")[k] for k in ("low", "high")], np.quantile(slow, [.025, .975]), atol=1e-4)
+    assert [*found.worst(3).index] == [*np.argsort(-kl, kind="stable")[:3]]
+
+
+def test_standard_error_by_groups_equals_two_loops():
+    rng = np.random.default_rng(0)
+    values, groups = rng.normal(size=30), rng.integers(0, 7, 30)
+    total = 0.
+    for i in range(30):
+        for j in range(30):
+            if groups[i] == groups[j]: total += (values[i] - values.mean()) * (values[j] - values.mean())
+    assert np.isclose(standard_error(values, groups), total ** .5 / 30)
+    assert np.isclose(standard_error(values), values.std() / 30 ** .5)
+
+
+@pytest.mark.parametrize("n", [1, 3, 50])
+def test_two_groups_of_equal_values_are_two_draws(n):
+    values, groups = np.repeat([0., 1.], n), np.repeat([0, 1], n)
+    assert round(standard_error(values, groups), 4) == .3536
+    assert np.isclose(standard_error(values), .5 / (2 * n) ** .5)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    held = {"mean": 0, "share": 0, "ratio": 0}
+    for _ in range(300):
+        x = rng.normal(1, 1, 40)
+        low, high = interval(x)
+        held["mean"] += low <= 1 <= high
+        low, high = interval(rng.random(40) < .9)
+        held["share"] += low <= .9 <= high
+        below = rng.exponential(2, 40)
+        low, high = ratio_interval(.5 * below + rng.normal(0, .2, 40), below, draws=200)
+        held["ratio"] += low <= .5 <= high
+    assert all(.9 < n / 300 <= 1 for n in held.values()), held
+
+
+def test_pairs_that_the_model_gets_wrong_are_a_group(model):
+    pairs = tasks.ioi(model, n=(32, 8, 8)).train
+    turned = [tasks.Pair(p.clean, p.corrupt, p.wrong, p.answer) if i % 4 == 0 else p for i, p in enumerate(pairs)]
+    examples = prepare(model, turned)
+    found = worth(some_circuit(examples.sites), model, examples)
+    wrong = int((~found.pairs["full_accuracy"]).sum())
+    assert 0 < wrong < len(examples) and found.row("kl", "model wrong")["pairs"] == wrong
+    assert found.row("kl")["pairs"] == len(examples)
+
+
+# --- under every ablation
+
+def one_neuron():
+    "A model that says the number of its last token, 0 or 2; what else is in it is for the checks that a model has to pass"
+    toy = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=4, n_inner=2, vocab_size=18, n_positions=64, bos_token_id=0,
+                                     activation_function="linear", tie_word_embeddings=False, eos_token_id=0)).eval()
+    block = toy.transformer.h[0]
+    block.ln_1 = block.ln_2 = toy.transformer.ln_f = torch.nn.Identity()
+    with torch.no_grad():
+        for p in toy.parameters(): p.zero_()
+        toy.transformer.wte.weight[:, 0] = torch.tensor([1.] * 16 + [0., 2.])
+        toy.transformer.wte.weight[:, 3] = torch.arange(18) / 18
+        block.mlp.c_fc.weight[0, 0] = block.mlp.c_proj.weight[0, 1] = toy.lm_head.weight[0, 1] = 1
+        block.attn.c_attn.weight[3, 8] = block.attn.c_proj.weight[0, 2] = toy.lm_head.weight[5, 2] = 1
+        block.mlp.c_fc.weight[2, 1] = block.mlp.c_proj.weight[1, 2] = 1
+    return toy
+
+
+def test_constants_are_fitted_from_a_bad_start():
+    toy, i = one_neuron(), torch.arange(64)
+    clean = torch.stack([i // 16, i % 16, 16 + i % 2], 1)
+    right, wrong = torch.zeros(64, 1, dtype=torch.long), torch.ones(64, 1, dtype=torch.long)
+    pairs = Batch(clean, torch.cat([clean[:, :2], 33 - clean[:, 2:]], 1), torch.ones_like(clean), right, wrong)
+    examples = prepare(toy, pairs, ablation="zero")
+    masks = from_kept({"block": torch.tensor([False])}, examples.sites).masks()
+    def squared(logits, examples): return ((logits[:, 0] - logits[:, 1]) - (examples.full[:, 0] - examples.full[:, 1])) ** 2
+    zeros = zero(examples.host, pairs, None, False)
+    with frozen(toy):
+        bare = Recording(zeros.attention, zeros.mlp)
+        found = fitted(examples, masks, bare, squared, 100, .05, 64, 0)
+        assert abs(loss_with(examples, masks, bare, squared) - 2) < 1e-5
+        assert abs(loss_with(examples, masks, found, squared) - 1) < .01 and abs(found.mlp[0][0, 0, 0].item() - 1) < .1
+
+
+def test_each_row_is_what_evaluate_says(model, task, examples):
+    circuit = some_circuit(examples.sites)
+    table = under_ablations(circuit, model, task, [*ABLATIONS], draws=20).set_index("ablation")
+    for name in ABLATIONS:
+        alone = evaluate(circuit, model, task, name)
+        for measure in ("kl", "faithfulness", "accuracy", "closed_kl"):
+            assert np.isclose(table[measure][name], alone[measure], atol=1e-5), (name, measure)
+    spans = [(table["faithfulness_low"][n], table["faithfulness_high"][n]) for n in ABLATIONS]
+    assert table.attrs["agree"] == (max(low for low, _ in spans) <= min(high for _, high in spans))
+
+
+# --- curves
+
+@pytest.mark.parametrize("level, members", [("head", ["head"]), ("mlp", ["mlp"]), ("node", ["head", "mlp"]),
+                                            ("neuron", ["attention_neuron", "mlp_neuron"]), ("mlp_output", ["mlp_output"])])
+def test_curve_equals_a_loop_over_circuits(model, examples, level, members):
+    noise, sites = torch.Generator().manual_seed(1), examples.sites
+    scores = {l: torch.randn(shape, generator=noise) for l, shape in level_shapes(sites, members).items()}
+    some = examples[:6]
+    curve = mib_curve(scores, model, some, level, "absolute", draws=50)
+    places = {l: map(tuple, torch.ones_like(scores[l]).nonzero().tolist()) for l in members}
+    ranked = sorted(((-abs(float(scores[l][place])), l, place) for l in members for place in places[l]), key=lambda row: row[0])
+
+    def mean_difference(chosen):
+        kept = {l: torch.zeros(s.shape, dtype=torch.bool) for l, s in scores.items()}
+        for _, l, place in chosen: kept[l][place] = True
+        logits = some.logits(from_kept(kept, sites).masks())
+        return np.mean([(row[a] - row[w]).item() for row, a, w in zip(logits, some.batch.answer[:, 0], some.batch.wrong[:, 0])])
+
+    empty, whole, slow = mean_difference([]), mean_difference(ranked), []
+    for p in FRACTIONS: slow.append((mean_difference(ranked[:int(p * len(ranked))]) - empty) / (whole - empty))
+    assert np.allclose(curve.table["faithfulness"], slow, atol=1e-4)
+    steps = list(zip(FRACTIONS, FRACTIONS[1:], slow, slow[1:]))
+    assert np.isclose(curve.cpr, sum((q - p) * (a + b) / 2 for p, q, a, b in steps), atol=1e-4)
+    assert np.isclose(curve.cmd, sum((q - p) * (abs(1 - a) + abs(1 - b)) / 2 for p, q, a, b in steps), atol=1e-4)
+    assert (curve.level, curve.sign) == (level, "absolute")
+
+
+def test_sign_of_a_ranking_decides(model, examples):
+    against = {"head": torch.full((4, 4), -1.)}
+    against["head"][0, 0] = 0
+    kept = [best_items(items(against, examples.sites, "head", sign), examples.sites, 15 / 16)[0] for sign in ("signed", "absolute")]
+    assert (0, 0) in kept[0].heads() and (0, 0) not in kept[1].heads()
+
+
+def test_a_file_of_the_benchmark_is_read_as_it_was_written(tmp_path, model, examples):
+    scores = random_ranking(model)
+    path = from_scores(scores, examples.sites).write(tmp_path / "nodes.mib.json")
+    curves = [mib_curve(s, model, examples[:8], "node", draws=10) for s in (scores, read_scores(path, examples.sites))]
+    assert curves[0].table.equals(curves[1].table)
+
+
+# --- necessity
+
+def test_complement_is_one_minus_the_masks(model, examples):
+    circuit, examples = some_circuit(examples.sites), examples[:8]
+    masks, others = circuit.masks(), complement(circuit).masks()
+    assert all(torch.equal(1 - mask, other) for mask, other in zip(masks[:2], others[:2]))
+    found = necessity(circuit, model, examples, draws=0, steps=0)
+    c = examples.logits(SiteMasks(1 - masks.attention, 1 - masks.mlp))
+    def mean_difference(x): return np.mean([(row[a] - row[w]).item() for row, a, w in zip(x, examples.batch.answer[:, 0], examples.batch.wrong[:, 0])])
+    slow, (m, e) = mean_difference(c), map(mean_difference, (examples.full, examples.closed))
+    assert np.isclose(found.faithfulness, (slow - e) / (m - e), atol=1e-4)
+    assert found.interval[0] <= found.faithfulness <= found.interval[1]
+
+
+def test_gaps_and_additions_equal_masks_by_hand(model, examples):
+    circuit, some = some_circuit(examples.sites, share=.5), examples[:6]
+    found = necessity(circuit, model, some, draws=4, steps=2, tries=50)
+
+    def mean_difference(masks, nodes):
+        width, (attention, mlp, _) = examples.sites.head_width, (m if m is None else m.clone() for m in masks)
+        for level, (layer, *head) in nodes:
+            if level == "mlp": mlp[layer] = 0
+            else: attention[layer, head[0] * width:(head[0] + 1) * width] = 0
+        x = some.logits(SiteMasks(attention, mlp))
+        return np.mean([(row[a] - row[w]).item() for row, a, w in zip(x, some.batch.answer[:, 0], some.batch.wrong[:, 0])])
+
+    whole, nodes = SiteMasks(*(torch.ones_like(m) for m in circuit.masks()[:2])), nodes_of(circuit)
+    for _, row in found.completeness.iterrows():
+        names = row["nodes"].split(", ") if row["nodes"] else []
+        taken = [("mlp", (int(n.split()[1]),)) if n.startswith("MLP") else ("head", tuple(map(int, n.split()[1].split(".")))) for n in names]
+        c, m = (mean_difference(of, taken) for of in (circuit.masks(), whole))
+        assert np.allclose([row["circuit"], row["model"], row["gap"]], [c, m, abs(c - m)], atol=1e-4), row["kind"]
+    first = [abs(mean_difference(circuit.masks(), [n]) - mean_difference(whole, [n])) for n in nodes]
+    assert np.isclose(found.completeness.query("kind == 'greedy'")["gap"].iloc[0], max(first), atol=1e-4)
+    adds = [mean_difference(circuit.masks(), []) - mean_difference(circuit.masks(), [n]) for n in nodes]
+    assert np.allclose(found.minimality["adds"], adds, atol=1e-4) and without(circuit, nodes).n_neurons() == 0
+
+
+# --- hypotheses
+
+def chance(n, p): return [math.comb(n, k) * p ** k * (1 - p) ** (n - k) for k in range(n + 1)]
+
+
+@pytest.mark.parametrize("n, k", [(100, 50), (100, 60), (100, 65), (100, 31), (10, 8), (10, 0), (7, 3), (1, 1)])
+def test_equivalence_adds_both_tails_at_the_edge(n, k):
+    off = abs(k - n / 2)
+    slow = [sum(c for j, c in enumerate(chance(n, p)) if abs(j - n / 2) >= off) for p in (.4, .45, .5, .55, .6)]
+    assert np.isclose(p_equivalent(k, n, .1), min(1, max(slow)))
+
+
+def test_wins_are_counted_in_one_tail():
+    assert np.isclose(p_at_least(97, 100, .9), sum(chance(100, .9)[97:]))
+    assert np.isclose(p_at_most(70, 100, .9), sum(chance(100, .9)[:71]))
+
+
+def test_holm_rejects_step_by_step():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        p = rng.random(6) ** 3
+        rejected, order = set(), np.argsort(p)
+        for step, i in enumerate(order):
+            if p[i] * (6 - step) >= .05: break
+            rejected.add(i)
+        assert rejected == {*np.flatnonzero(holm(p) < .05)}
+
+
+def test_independence_is_right_as_often_as_it_says():
+    rng, small = np.random.default_rng(0), 0
+    for i in range(100): small += p_independent(rng.normal(size=20), rng.normal(size=20), 39, i)[1] <= .1
+    assert 2 <= small <= 20
+    x, y = rng.normal(size=12), rng.normal(size=12)
+    k, l, h = gaussian(x), gaussian(y), np.eye(12) - 1 / 12
+    assert np.isclose(p_independent(x, y, 1, 0)[0], np.trace(k @ h @ l @ h) / 12 ** 2)
+
+
+def test_random_circuits_are_compared_one_by_one(model, examples):
+    circuit, some = some_circuit(examples.sites, share=.5), examples[:6]
+    found = hypotheses(circuit, model, some, draws=6, shuffles=9)
+    rng = np.random.default_rng(0)
+    def apart(of):
+        measures = evaluate(of, model, some)
+        return abs(measures["logit_difference"] - measures["full_logit_difference"])
+    others = [matched(circuit, rng) for _ in range(6)]
+    wins = sum(apart(circuit) < apart(other) for other in others)
+    needed = sum(apart(complement(circuit)) > apart(complement(other)) for other in others)
+    assert found.table.set_index("question")["value"][["sufficiency", "partial necessity"]].tolist() == [wins / 6, needed / 6]
+    for other in others: assert other.counts() == circuit.counts() and other != circuit
+
+
+# --- controls
+
+def test_controls_are_what_evaluate_says(model, task, examples):
+    circuit = some_circuit(examples.sites, share=.5)
+    other = tasks.gendered_pronoun(model, n=(8, 8, 8))
+    found = controls(circuit, model, task, other, shares=(.3, 1.), draws=1, most=12)
+    by, some = found.others.set_index("control"), examples[:12]
+    assert np.isclose(by["kl"]["the circuit"], evaluate(circuit, model, some)["kl"], atol=1e-5)
+    assert np.isclose(by["closed_kl"]["the circuit"], evaluate(circuit, model, some)["closed_kl"], atol=1e-5)
+    assert np.isclose(by["kl"]["another task"], evaluate(circuit, model, other)["kl"], atol=1e-5)
+    assert np.isclose(by["kl"]["random circuits"], evaluate(matched(circuit, np.random.default_rng(0)), model, some)["kl"], atol=1e-5)
+    whole = found.reopened[found.reopened["share"] == 1]
+    assert np.allclose(whole["kl"], 0, atol=1e-5) and not whole["rises"].any()
+    opened = found.reopened.query("share == .3")
+    assert np.allclose(opened["rise"], opened["kl"] - by["kl"]["the circuit"], atol=1e-6)
+
+
+# --- the report
+
+def test_report_says_what_its_parts_say(tmp_path, model):
+    task = tasks.ioi(model, n=(16, 8, 12))
+    sites = find_sites(model)
+    heads, neurons = torch.zeros(4, 4, dtype=torch.bool), torch.zeros(4, sites.mlp_width, dtype=torch.bool)
+    heads[:2, 0] = neurons[0, :9] = True
+    circuit = from_kept(dict(head=heads, mlp_neuron=neurons), sites)
+    found = report(circuit, model, task, by=("template",), draws=2, most=4, ablations=("corrupt", "zero"))
+    data = json.loads(found.write(tmp_path / "report.json").read_text(encoding="utf-8"))
+    alone = worth(circuit, model, task)
+    f = alone.row("faithfulness")
+    assert f"{f['low']:.3f} to {f['high']:.3f}" in data["first"][0] and f"{f['value']:.3f}" in data["first"][0]
+    prompts = [*alone.worst(5)["prompt"]]
+    screen = repr(found) + found.markdown() + found.html()
+    assert all(screen.count(prompt) >= 3 for prompt in prompts) and [*found.worst()["prompt"]] == prompts
+    alike = necessity(circuit, model, task, draws=1, most=4)
+    assert np.isclose(data["complement"]["faithfulness"], alike.faithfulness, atol=1e-6)
+    under = {row["ablation"]: row["verdict"] for row in data["tables"]["Under every ablation"]}
+    assert {*under} == {"corrupt", "zero"} and all(f"under {a}: {v}" in data["first"] for a, v in under.items())
+    assert all(row["not_shown"] for row in data["verdicts"])
+
+
+def test_a_verdict_needs_the_whole_interval():
+    assert faithful(.9, 1, .9).startswith("faithful") and faithful(.85, .95, .9).startswith("not settled")
+    assert faithful(.5, .8999, .9).startswith("not faithful") and "too few" in faithful(math.nan, math.nan, .9)
