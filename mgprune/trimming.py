@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from .arguments import Share, checked
 from .circuit import Circuit, from_kept
-from .evaluation import excess_over
+from .evaluation import Divergence, Inside, Within, check_enough, excess_over
 from .models import frozen
 from .objective import kl_divergence
 from .passes import fitting_size, open_at, step_bytes
@@ -111,18 +112,20 @@ def without(
     return from_kept(kept, circuit.sites, scores=circuit.scores, provenance=circuit.provenance)
 
 # %% ../nbs/22_trimming.ipynb #ae33ecf7
+@checked
 def trimmed(
     circuit: Circuit,          # found on the model of the examples
     examples: Examples,        # to hold the budget on
-    kl: float | str,           # divergence that it may have: in nats, or such as "10%" of that with every node closed
-    confidence: float | None = None,    # chance that pairs not measured here hold it too; None: only these
-    faithfulness: float | None = None,  # how far from 1 its faithfulness may be besides; None: as far as it likes
-    share: float = 0.1,        # of the neurons of a head, MLP or expert, that are tried together
+    kl: Divergence,            # divergence that it may have: in nats, or such as "10%" of that with every node closed
+    confidence: Inside | None = None,   # chance that pairs not measured here hold it too; None: only these
+    faithfulness: Within | None = None, # how far from 1 its faithfulness may be besides; None: as far as it likes
+    share: Share = 0.1,        # of the neurons of a head, MLP or expert, that are tried together
 ) -> Circuit:
     "The circuit without what the budget does not need; its provenance says what each part that is left is needed for"
     def over(c: Circuit, beside: Any = None) -> tuple[float, torch.Tensor]:
         found, each = excess_over(c, examples, kl, confidence, faithfulness, beside)
         return found.max().item(), each
+    check_enough(len(examples), confidence)
     before, tried, needed, (by, each) = circuit.n_neurons(), 0, {}, over(circuit)
     gone = by <= 0
     while gone:
