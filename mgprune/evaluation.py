@@ -174,13 +174,13 @@ def excess_over(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """By how much it is over each criterion, [criteria]: a bound, or, once it is very likely above 0, the mean so far; and the
     excess of the pairs that were measured, [criteria, examples]"""
-    masks, total, found = circuit.masks().to(examples.host.device), len(examples), []
-    done, errors = 0, 2 if beside is None else 3
+    masks, total, found, done = circuit.masks().to(examples.host.device), len(examples), [], 0
+    known = 0. if beside is None else torch.tensor([bound(row, confidence) for row in beside])
     while done < total:
         part = examples[done:done + (SOME if beside is None else min(SOME, max(done, FEWEST)))]
         found.append(excess(part, part.logits(masks), kl, faithfulness))
         each, done = torch.cat(found, 1), done + len(part)
-        known, change = (0., each) if beside is None else (beside.mean(1), each - beside[:, :done])
+        change, errors = (each, 2) if beside is None else (each - beside[:, :done], 3 if done < SOME else 0)
         mean, unseen = known + change.mean(1), (1 / done - 1 / total) ** 0.5
         if (mean - errors * unseen * change.std(1, correction=0) > 0).any(): return mean, each
     each = torch.cat(found, 1)
