@@ -21,10 +21,10 @@ from .models import Model, frozen, tokenizer_of
 from .objective import kl_divergence
 from .pairs import Batch
 from .passes import Recording, circuit_logits, record
-from .streams import Examples, Pairs, prepare, prepare_for, task_of
+from .streams import Examples, Pairs, logits_of, prepare, prepare_for, task_of
 from .tasks import Task
 from .tree import SiteMasks
-from .worth import Confidence, answers_of, worth_of
+from .worth import Confidence, worth_of
 
 # %% ../nbs/32_agreement.ipynb #ff4726e5
 Loss = Callable[[torch.Tensor, Examples], torch.Tensor]
@@ -155,7 +155,7 @@ def under_ablations(
         except InputError as error:
             rows.append(dict(ablation=str(asked), not_measured=str(error)))
             continue
-        logits = answers_of(circuit, examples)
+        logits = logits_of(circuit, examples)
         found = worth_of(logits, examples, tokenizer_of(model), confidence=confidence, draws=draws, seed=seed)
         row: dict[str, Any] = dict(ablation=found.ablation)
         for measure in ("faithfulness", "kl"):

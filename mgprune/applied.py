@@ -146,6 +146,20 @@ def recorded_prompts(
     own = [Hook(inside, before, options=dict(with_kwargs=True)), Hook(inside, after, after=True, options=dict(always_call=True))]
     with placed(around + own): yield recorded
 
+# %% ../nbs/20_applied.ipynb #6944d35d
+@contextmanager
+def counted_as_applied(
+    model: torch.nn.Module,  # that runs as a circuit or a graph
+) -> Generator[None]:
+    "Within the context, the model is known not to be itself"
+    inside = unwrapped(model)
+    try:
+        APPLIED.add(inside)
+        yield
+    finally:
+        try: APPLIED.discard(inside)
+        finally: APPLIED.discard(inside)  # an interrupt may have come between
+
 # %% ../nbs/20_applied.ipynb #0a9fa0b0
 def held_for(
     circuit: Circuit,        # to apply
@@ -174,14 +188,9 @@ def applied(
 ) -> Generator[torch.nn.Module]:
     "Within the context, `model` run on the clean prompts of the pairs is the circuit"
     batch, held = held_for(circuit, model, pairs, ablation, reference)
-    host, inside = host_of(model), unwrapped(model)
+    host = host_of(model)
     masks = circuit.masks().to(host.device)
     only = open_at(host, masks) if alone else {}
     if only: held = projected(host, held)
     with frozen(model, parameters=False), recorded_prompts(model, batch, held) as now, interpolated(host, masks, now, only):
-        try:
-            APPLIED.add(inside)
-            yield model
-        finally:
-            try: APPLIED.discard(inside)
-            finally: APPLIED.discard(inside)  # an interrupt may have come between
+        with counted_as_applied(model): yield model

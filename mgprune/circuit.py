@@ -266,9 +266,10 @@ def needed(
     circuit: Circuit,  # any
 ) -> str:
     "What each part of it is needed for, if it was trimmed"
-    over = (circuit.provenance.trimmed or {}).get("over", {})
-    least = [f"{printable(kind)} {min(by.values()):.2g}" for kind, by in over.items() if by]
-    return f"over its budget, in nats, if one is closed alone, at least: {', '.join(least)}" if least else ""
+    trimmed = circuit.provenance.trimmed or {}
+    least = [f"{printable(kind)} {min(by.values()):.2g}" for kind, by in trimmed.get("over", {}).items() if by]
+    known = "" if trimmed.get("sure") else ", by an estimate"
+    return f"over its budget, in nats, if one is closed alone, at least{known}: {', '.join(least)}" if least else ""
 
 def in_text(
     circuit: Circuit,  # any

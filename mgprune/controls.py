@@ -19,10 +19,10 @@ from .circuit import Circuit, CircuitFirst, from_kept
 from .hypotheses import matched
 from .models import Model, frozen
 from .objective import kl_divergence
-from .streams import Examples, Pairs, one_pass, prepare, prepare_for, task_of
+from .streams import Examples, Pairs, logits_of, one_pass, prepare, prepare_for, task_of
 from .tasks import Task
 from .tree import NEURONS, SiteMasks, expert_of
-from .worth import answers_of, interval
+from .worth import interval
 
 # %% ../nbs/36_controls.ipynb #c2584bbe
 def flat(
@@ -54,7 +54,7 @@ def divergences(
     examples: Examples,  # to answer
 ) -> np.ndarray:
     "KL(full || circuit) of each pair, [pairs]"
-    return kl_divergence(examples.full, answers_of(circuit, examples)).double().cpu().numpy()
+    return kl_divergence(examples.full, logits_of(circuit, examples)).double().cpu().numpy()
 
 # %% ../nbs/36_controls.ipynb #52252395
 def slopes(

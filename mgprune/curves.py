@@ -21,9 +21,9 @@ from .circuit import Circuit, from_kept
 from .models import Model
 from .objective import logit_difference
 from .sites import Sites
-from .streams import Examples, Pairs, prepare
+from .streams import Examples, Pairs, logits_of, prepare
 from .tree import NEURONS, ByLevel, check_values, lowest, path_to
-from .worth import Confidence, answers_of
+from .worth import Confidence
 
 # %% ../nbs/33_curves.ipynb #56abb4e2
 FRACTIONS = (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1.)  # of the benchmark
@@ -97,7 +97,7 @@ def differences_of(
     examples: Examples,  # to answer
 ) -> np.ndarray:
     "Logit difference of each pair, [pairs]"
-    return logit_difference(answers_of(circuit, examples), examples.batch).double().cpu().numpy()
+    return logit_difference(logits_of(circuit, examples), examples.batch).double().cpu().numpy()
 
 # %% ../nbs/33_curves.ipynb #7378b517
 @checked

@@ -19,7 +19,7 @@ from .edge_pass import FRAMES, Wires, logits_with, path_slopes, prepare_edges, w
 from .graph import Graph
 from .models import Model, frozen
 from .objective import kl_divergence
-from .streams import Examples, Pairs, prepare, task_of
+from .streams import Examples, Pairs, logits_of, prepare, task_of
 from .tasks import Task
 from .training import Recipe, at_constant_cost, falls_to, log_odds
 from .wiring import Wiring, closed_edges, edges_among, writers_of
@@ -176,8 +176,7 @@ def budget(
 ) -> float:
     "The circuit's own divergence on the pairs that choose, and some more, in nats"
     examples = prepare(model, task, "valid", closed=False)
-    with torch.no_grad(): logits = examples.logits(circuit.masks().to(examples.host.device))
-    return kl_divergence(examples.full, logits).mean().item() + ROOM
+    return kl_divergence(examples.full, logits_of(circuit, examples)).mean().item() + ROOM
 
 def origin_of(
     circuit: Circuit,  # whose edges were searched

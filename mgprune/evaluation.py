@@ -20,7 +20,7 @@ from .circuit import Circuit, CircuitFirst, from_scores
 from .models import Model
 from .objective import is_right, kl_divergence, logit_difference, probability_difference
 from .sites import Sites
-from .streams import Examples, Pairs, prepare, prepare_for
+from .streams import Examples, Pairs, logits_of, prepare, prepare_for
 from .tree import ByLevel, check_values, lowest
 
 # %% ../nbs/21_evaluation.ipynb #cfc32bbd
@@ -65,7 +65,7 @@ def measured(
     examples: Examples,  # to measure on
 ) -> dict[str, float]:
     "Measures of the circuit on the examples, by name"
-    return measures(examples.logits(circuit.masks().to(examples.host.device)), examples)
+    return measures(logits_of(circuit, examples), examples)
 
 # %% ../nbs/21_evaluation.ipynb #56fd2798
 @checked
@@ -162,7 +162,7 @@ def check_enough(
         f"keep=; or for a divergence on these pairs alone, with confidence=None, in a search Recipe(confidence=None)")
 
 # %% ../nbs/21_evaluation.ipynb #f9b5386a
-SOME, FEWEST = 64, 16  # pairs after which measuring may end early; fewer where a circuit is measured beside another one
+SOME = 64  # pairs after which measuring may end early
 
 def excess_over(
     circuit: Circuit,    # found on the model of the examples
@@ -171,18 +171,19 @@ def excess_over(
     confidence: float | None,  # chance that pairs not measured here hold it too; None: only these
     faithfulness: float | None = None,  # how far from 1 its faithfulness may be; None: as far as it likes
     beside: torch.Tensor | None = None, # [criteria, examples] the excess of a circuit that differs by little
+    errors: float = 2.,  # standard errors by which it is over where measuring ends early
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """By how much it is over each criterion, [criteria]: a bound, or, once it is very likely above 0, the mean so far; and the
-    excess of the pairs that were measured, [criteria, examples]"""
-    masks, total, found, done = circuit.masks().to(examples.host.device), len(examples), [], 0
+    """By how much it is over each criterion, [criteria]: a bound, or, where measuring ended early, what is expected of it; and
+    the excess of the pairs that were measured, [criteria, examples]"""
+    masks, total, found = circuit.masks().to(examples.host.device), len(examples), []
     known = 0. if beside is None else torch.tensor([bound(row, confidence) for row in beside])
-    while done < total:
-        part = examples[done:done + (SOME if beside is None else min(SOME, max(done, FEWEST)))]
+    for start in range(0, total, SOME):
+        part = examples[start:start + SOME]
         found.append(excess(part, part.logits(masks), kl, faithfulness))
-        each, done = torch.cat(found, 1), done + len(part)
-        change, errors = (each, 2) if beside is None else (each - beside[:, :done], 3 if done < SOME else 0)
-        mean, unseen = known + change.mean(1), (1 / done - 1 / total) ** 0.5
-        if (mean - errors * unseen * change.std(1, correction=0) > 0).any(): return mean, each
+        each = torch.cat(found, 1)
+        change, unseen = each if beside is None else each - beside[:, :each.shape[1]], (1 / each.shape[1] - 1 / total) ** 0.5
+        expected = known + change.mean(1)
+        if unseen and (expected - errors * unseen * change.std(1, correction=0) > 0).any(): return expected, each
     each = torch.cat(found, 1)
     return torch.tensor([bound(row, confidence) for row in each]), each
 

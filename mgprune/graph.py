@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 from safetensors.torch import load as load_arrays, save as save_arrays
 
-from .applied import recorded_prompts
+from .applied import counted_as_applied, recorded_prompts
 from .arguments import Count, InputError, expect, printable, shown
 from .circuit import (Circuit, Provenance, as_text, check_consistent, check_model, check_provenance, check_same_shape,
                              intersection, json_path, provenance_of, readable, sites_of, tensors_of, union)
@@ -29,7 +29,7 @@ from .evaluation import measures
 from .export import mib
 from .files import digest, write_file
 from .hooks import host_of
-from .models import APPLIED, Model, frozen, unwrapped
+from .models import Model, frozen
 from .plots import COLOURS, Picture
 from .streams import Pairs, holding
 from .wiring import Wiring, closed_edges, edge_numbers, edges_among
@@ -254,7 +254,7 @@ def applied(
     pairs: Any,               # its clean prompts may be run; of a Task its test pairs are taken
 ) -> Generator[torch.nn.Module]:
     "Within the context, the model run on the clean prompts of the pairs is the graph"
-    examples, inside = prepare_edges(graph.circuit, model, pairs), unwrapped(model)
+    examples = prepare_edges(graph.circuit, model, pairs)
     held, wires = holding(examples), graph.wires(model)
     edges = graph.kept[wires.readers][:, wires.writers].to(examples.host.device, examples.host.model.dtype)
     with frozen(model, parameters=False), recorded_prompts(model, examples.batch, held) as now:
@@ -262,13 +262,7 @@ def applied(
             found = now()
             assert isinstance(found, Streams), "bound by prepare_edges"
             return found
-        with wired(wires, edges, there):
-            try:
-                APPLIED.add(inside)
-                yield model
-            finally:
-                try: APPLIED.discard(inside)
-                finally: APPLIED.discard(inside)  # an interrupt may have come between
+        with wired(wires, edges, there), counted_as_applied(model): yield model
 
 # %% ../nbs/40_graph.ipynb #b0e3273d
 FORMAT = "mgprune graph 1"

@@ -17,9 +17,9 @@ from .arguments import Count, InputError, Must, Seed, checked, shown
 from .circuit import Circuit, CircuitFirst, from_kept, full_circuit
 from .models import Model
 from .objective import kl_divergence, logit_difference
-from .streams import Examples, Pairs, prepare, prepare_for
+from .streams import Examples, Pairs, logits_of, prepare, prepare_for
 from .tree import NEURONS, path_to
-from .worth import Confidence, answers_of, ratio_interval
+from .worth import Confidence, ratio_interval
 
 # %% ../nbs/34_necessity.ipynb #5a3f622d
 Among = Literal["all", "head", "mlp"]
@@ -63,7 +63,7 @@ class Measured:
         "Logit difference of each pair, [pairs], and mean divergence"
         key = tuple(circuit.kept[l].numpy().tobytes() for l in NEURONS)
         if key not in self.known:
-            logits = answers_of(circuit, self.examples)
+            logits = logits_of(circuit, self.examples)
             each = logit_difference(logits, self.examples.batch).double().cpu().numpy()
             self.known[key] = each, kl_divergence(self.examples.full, logits).mean().item()
         return self.known[key]

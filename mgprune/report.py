@@ -26,8 +26,8 @@ from .hypotheses import Hypotheses, hypotheses
 from .models import Model, tokenizer_of
 from .necessity import Necessity, necessity
 from .plots import Picture, as_png, literal
-from .streams import Pairs, prepare_for, task_of
-from .worth import By, Confidence, Worth, answers_of, slots_of, worth_of
+from .streams import Pairs, logits_of, prepare_for, task_of
+from .worth import By, Confidence, Worth, slots_of, worth_of
 
 # %% ../nbs/37_report.ipynb #f7d5f98d
 def beside(
@@ -378,7 +378,7 @@ def report(
     "Everything that is measured of a circuit, with a verdict on each question and what was not shown"
     task, few = task_of(model, task), max(1, draws // 5)
     examples = prepare_for(circuit, model, task, ablation)
-    found = worth_of(answers_of(circuit, examples), examples, tokenizer_of(model), by, clusters, confidence, seed=seed,
+    found = worth_of(logits_of(circuit, examples), examples, tokenizer_of(model), by, clusters, confidence, seed=seed,
                      slots=slots_of(task))
     table = under_ablations(circuit, model, task, ablations, confidence=confidence, seed=seed)
     measured = table.reindex(columns=["faithfulness_low", "faithfulness_high"]).itertuples(index=False)

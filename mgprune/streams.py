@@ -303,3 +303,11 @@ def prepare_for(
     examples = prepare(model, pairs, ablation=asked, reference=reference, output=output, batch_size=batch_size)
     check_model(circuit, examples.host)
     return examples
+
+# %% ../nbs/19_streams.ipynb #36661e99
+def logits_of(
+    circuit: Circuit,    # found on the model of the examples
+    examples: Examples,  # to answer
+) -> torch.Tensor:
+    "Answer logits of the circuit, [examples, vocabulary]"
+    return examples.logits(circuit.masks().to(examples.host.device))

@@ -648,7 +648,7 @@ def depends_on(
 
 def beside(
     begun: Begun,        # a search
-    answers: list[int],  # from answers_of
+    answers: list[int],  # from sums_of_answers
 ) -> dict[str, Any]:
     "What is written beside its state"
     return dict(depends=begun.depends, answers=answers, seconds=time.perf_counter() - begun.began)
@@ -666,14 +666,14 @@ def check_same(
         f"{str(folder)!r} holds another search: {'; '.join(said[:4])}{f'; and {len(said) - 4} more' if len(said) > 4 else ''}. "
         "Ask for what was asked for then, choose another folder, or remove that one")
 
-def answers_of(
+def sums_of_answers(
     examples: Examples,  # that a search trains on
 ) -> list[int]:
     "Two numbers that change with any bit of what the model answers, with all nodes open and with all closed"
     return [int(answers.view(torch.int32).sum()) for answers in (examples.full, examples.closed) if answers is not None]
 
 def check_bits(
-    before: list[int],  # from answers_of, when the search was broken off
+    before: list[int],  # from sums_of_answers, when the search was broken off
     now: list[int],     # the same
 ) -> None:
     "Warn where a search goes on, but not to the same bits"
@@ -989,7 +989,7 @@ def learn(
     check_task(task, train, goal, progress)
     if outline and progress: print(f"the search takes {outline.line}", flush=True)
     search = Search(train, goal, asked.levels, asked.recipe, asked.gate, asked.seed)
-    answers = [] if begun.folder is None else answers_of(train)
+    answers = [] if begun.folder is None else sums_of_answers(train)
     if begun.state:
         if begun.folder is not None: check_bits(begun.state[1]["answers"], answers)
         go_on(search, *begun.state)

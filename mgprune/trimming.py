@@ -120,10 +120,12 @@ def trimmed(
     confidence: Inside | None = None,   # chance that pairs not measured here hold it too; None: only these
     faithfulness: Within | None = None, # how far from 1 its faithfulness may be besides; None: as far as it likes
     share: Share = 0.1,        # of the neurons of a head, MLP or expert, that are tried together
+    sure: bool = False,        # measure each part on all pairs, rather than on a few where these leave no hope
 ) -> Circuit:
     "The circuit without what the budget does not need; its provenance says what each part that is left is needed for"
     def over(c: Circuit, beside: Any = None) -> tuple[float, torch.Tensor]:
-        found, each = excess_over(c, examples, kl, confidence, faithfulness, beside)
+        errors = 2 if beside is None else math.inf if sure else 0
+        found, each = excess_over(c, examples, kl, confidence, faithfulness, beside, errors)
         return found.max().item(), each
     check_enough(len(examples), confidence)
     before, tried, needed, (by, each) = circuit.n_neurons(), 0, {}, over(circuit)
@@ -136,5 +138,5 @@ def trimmed(
             (by, changed), tried = over(candidate, each), tried + 1
             if by <= 0: circuit, each, gone = candidate, changed, True
             else: needed.setdefault(part.level if part.whole else f"neurons of {part.level}", {})[part.name] = round(by, 5)
-    said: dict[str, Any] = dict(before=before, neurons=circuit.n_neurons(), share=share, tried=tried, over=needed)
+    said: dict[str, Any] = dict(before=before, neurons=circuit.n_neurons(), share=share, sure=sure, tried=tried, over=needed)
     return replace(circuit, provenance=replace(circuit.provenance, trimmed=said))

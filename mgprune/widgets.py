@@ -29,7 +29,7 @@ from .objective import kl_divergence
 from .pairs import Batch, Pair
 from .passes import Recording
 from .sites import Sites
-from .streams import Examples, ablation_of, prepare
+from .streams import Examples, ablation_of, logits_of, prepare
 from .tasks import Task
 from .tree import FINEST, LEVELS, NEURONS, TREE, at_level, held_by, level_shapes, lowest, path_to
 
@@ -212,8 +212,7 @@ def next_probabilities(
     "Probabilities of the next token, [columns, vocabulary]: full model, circuit, and the model with every node closed"
     if examples.closed is None: raise InputError(
         "these Examples lack the answers with every node closed: prepare them with closed=True")
-    logits = examples.logits(circuit.masks().to(examples.host.device))
-    return torch.stack([examples.full[0].exp(), logits[0].float().softmax(-1), examples.closed[0].exp()])
+    return torch.stack([examples.full[0].exp(), logits_of(circuit, examples)[0].float().softmax(-1), examples.closed[0].exp()])
 
 # %% ../nbs/26_widgets.ipynb #0ba37072
 Row = tuple[str, str, list[float]]

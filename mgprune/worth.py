@@ -17,11 +17,11 @@ from scipy.stats import beta, t as student
 
 from .ablations import name_of
 from .arguments import Count, InputError, Must, Seed, checked, shown
-from .circuit import Circuit, CircuitFirst
+from .circuit import CircuitFirst
 from .models import Model, tokenizer_of
 from .objective import is_right, kl_divergence, logit_difference, set_logits
 from .pairs import Batch, Pair, text_of
-from .streams import Examples, Pairs, prepare_for, task_of
+from .streams import Examples, Pairs, logits_of, prepare_for, task_of
 from .tasks import Task
 from .words import word_pool
 
@@ -262,13 +262,5 @@ def worth(
     "Every measure of the circuit with its uncertainty, for all pairs and for each group, and the pairs themselves"
     found = task_of(model, task)
     examples = prepare_for(circuit, model, found, ablation, reference)
-    logits = answers_of(circuit, examples)
+    logits = logits_of(circuit, examples)
     return worth_of(logits, examples, tokenizer_of(model), by, clusters, confidence, draws, seed, slots_of(found))
-
-# %% ../nbs/31_worth.ipynb #baea857f
-def answers_of(
-    circuit: Circuit,    # found on the model of the examples
-    examples: Examples,  # to answer
-) -> torch.Tensor:
-    "Answer logits of the circuit, [examples, vocabulary]"
-    with torch.no_grad(): return examples.logits(circuit.masks().to(examples.host.device))

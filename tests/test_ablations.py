@@ -227,10 +227,6 @@ def test_mean_of_one_head_by_hand(kind):
 # --- what they are made of
 
 @pytest.fixture(scope="module")
-def model(): return load_model()
-
-
-@pytest.fixture(scope="module")
 def task(model): return tasks.ioi(model, n=(48, 16, 16))
 
 

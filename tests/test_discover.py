@@ -17,11 +17,6 @@ QUICK = Recipe(steps=20, confidence=None)
 
 
 @pytest.fixture(scope="module")
-def model():
-    return load_model()
-
-
-@pytest.fixture(scope="module")
 def task(model):
     return tasks.ioi(model, n=(48, 16, 16))
 

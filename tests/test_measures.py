@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mgprune import evaluate, load_model, prepare, tasks
+from mgprune import evaluate, prepare, tasks
 from mgprune.ablations import ABLATIONS, zero
 from mgprune.agreement import fitted, loss_with, under_ablations
 from mgprune.attribution import random_ranking
@@ -24,10 +24,6 @@ from mgprune.report import faithful, report
 from mgprune.sites import find_sites
 from mgprune.tree import SiteMasks, level_shapes
 from mgprune.worth import interval, ratio_interval, standard_error, worth
-
-
-@pytest.fixture(scope="module")
-def model(): return load_model()
 
 
 @pytest.fixture(scope="module")

@@ -22,11 +22,6 @@ SMALL = Recipe(steps=30, batch_size=16, pairs=24, confidence=None)
 
 
 @pytest.fixture(scope="module")
-def model():
-    return load_model()
-
-
-@pytest.fixture(scope="module")
 def task(model):
     return tasks.ioi(model, n=(48, 12, 20))
 

@@ -27,11 +27,6 @@ PRICES = {"head": .01, "mlp": .01, "attention_neuron": 1e-4, "mlp_neuron": 1e-4}
 
 
 @pytest.fixture(scope="module")
-def model():
-    return load_model()
-
-
-@pytest.fixture(scope="module")
 def task(model):
     return tasks.ioi(model, n=(40, 16, 16))
 

@@ -39,10 +39,6 @@ ROWS = [dict(clean=f"Then {a} met", corrupt=f"Then {b} met", answer=[" Anna", " 
 
 
 @pytest.fixture(scope="module")
-def model(): return load_model()
-
-
-@pytest.fixture(scope="module")
 def tokenizer(model): return model.tokenizer
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from families import pairs, tiny
-from mgprune import Circuit, discover, load_model, tasks
+from mgprune import Circuit, discover, tasks
 from mgprune.circuit import from_kept, from_scores, full_circuit
 from mgprune.checks import trusted
 from mgprune.evaluation import bound, cut_by_size
@@ -11,11 +11,6 @@ from mgprune.objective import kl_divergence
 from mgprune.streams import prepare
 from mgprune.training import Recipe
 from mgprune.trimming import closing, parts, trimmed, without
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_model()
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +62,19 @@ def test_the_bound_is_held_and_not_the_mean_alone(model, examples):
         small = trimmed(circuit, examples, .5, confidence)
         assert bound(divergence(small, examples), confidence) <= .5
         assert small.provenance.trimmed["neurons"] == small.n_neurons() < small.provenance.trimmed["before"]
+
+
+def test_where_it_is_to_be_sure_all_pairs_say_so(model):
+    examples = prepare(model, tasks.ioi(model, n=(64, 200, 64)), "valid")
+    kept = {"head": torch.ones(4, 4, dtype=torch.bool), "mlp": torch.tensor([True, False, False, False])}
+    circuit = from_kept(kept, examples.sites)
+    allowed = bound(divergence(circuit, examples), .95) + .02
+    small = trimmed(circuit, examples, allowed, .95, sure=True)
+    cost = closing(small, examples)
+    assert small.provenance.trimmed["sure"] and bound(divergence(small, examples), .95) <= allowed
+    for part in parts(small, cost) + parts(small, cost, .1): assert bound(divergence(without(small, part), examples), .95) > allowed
+    quick = trimmed(circuit, examples, allowed, .95)  # which may leave more, and never breaks the budget
+    assert bound(divergence(quick, examples), .95) <= allowed and quick.n_neurons() >= .9 * small.n_neurons()
 
 
 def test_neurons_are_tried_by_their_slope(model, examples):
