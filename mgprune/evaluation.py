@@ -8,6 +8,7 @@ __all__ = ['SIZES', 'evaluate', 'cuts', 'cut_by_size', 'cut_by_kl', 'frontier', 
 # %% ../nbs/21_evaluation.ipynb #4c053acc
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from statistics import NormalDist
 from typing import Annotated, Any
 from weakref import WeakKeyDictionary
@@ -162,7 +163,7 @@ def check_enough(
         f"keep=; or for a divergence on these pairs alone, with confidence=None, in a search Recipe(confidence=None)")
 
 # %% ../nbs/21_evaluation.ipynb #f9b5386a
-SOME = 64  # pairs after which measuring may end early
+FEW, SOME = 16, 64  # pairs after which measuring may end early: where it is clear, and where it is expected
 
 def excess_over(
     circuit: Circuit,    # found on the model of the examples
@@ -171,19 +172,20 @@ def excess_over(
     confidence: float | None,  # chance that pairs not measured here hold it too; None: only these
     faithfulness: float | None = None,  # how far from 1 its faithfulness may be; None: as far as it likes
     beside: torch.Tensor | None = None, # [criteria, examples] the excess of a circuit that differs by little
-    errors: float = 2.,  # standard errors by which it is over where measuring ends early
+    errors: float = 2.,  # standard errors by which it is over where measuring ends early; with fewer than 64 pairs at least 2
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """By how much it is over each criterion, [criteria]: a bound, or, where measuring ended early, what is expected of it; and
     the excess of the pairs that were measured, [criteria, examples]"""
     masks, total, found = circuit.masks().to(examples.host.device), len(examples), []
     known = 0. if beside is None else torch.tensor([bound(row, confidence) for row in beside])
-    for start in range(0, total, SOME):
-        part = examples[start:start + SOME]
+    for start, end in pairwise([0, *(end for end in (FEW, *range(SOME, total, SOME)) if end < total), total]):
+        part = examples[start:end]
         found.append(excess(part, part.logits(masks), kl, faithfulness))
         each = torch.cat(found, 1)
         change, unseen = each if beside is None else each - beside[:, :each.shape[1]], (1 / each.shape[1] - 1 / total) ** 0.5
         expected = known + change.mean(1)
-        if unseen and (expected - errors * unseen * change.std(1, correction=0) > 0).any(): return expected, each
+        doubt = (max(errors, 2.) if end < SOME else errors) * unseen * change.std(1, correction=0)
+        if unseen and (expected - doubt > 0).any(): return expected, each
     each = torch.cat(found, 1)
     return torch.tensor([bound(row, confidence) for row in each]), each
 

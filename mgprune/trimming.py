@@ -50,7 +50,7 @@ class Part:
     node: tuple[int, ...]   # (layer, ...)
     whole: bool             # all of its neurons, rather than those that seem to matter least
     neurons: torch.Tensor   # [layers, ...] which ones, at the finest level
-    cost: float             # of closing them, to first order, in nats
+    cost: float             # of closing them each alone, to first order, in nats, whichever its sign
 
     @property
     def finest(self) -> str:
@@ -58,9 +58,9 @@ class Part:
         return next(level for level in held_by(self.level) if level in NEURONS)
 
     @property
-    def name(self) -> str:
-        "Such as 3.4 for a head"
-        return ".".join(map(str, self.node))
+    def kind(self) -> str:
+        "What it is, in words"
+        return self.level if self.whole else f"neurons of {self.level}"
 
 def members(
     level: str,             # of a node
@@ -96,7 +96,7 @@ def parts(
         for node in circuit.nodes(level):
             part = Part(level, node, share == 1, torch.empty(0), 0.)
             if not may_close(circuit, part): continue
-            kept, cost = members(level, node, part.finest, circuit.sites) & circuit.kept[part.finest], closing[part.finest]
+            kept, cost = members(level, node, part.finest, circuit.sites) & circuit.kept[part.finest], closing[part.finest].abs()
             n = math.ceil(share * int(kept.sum()))
             least = torch.where(kept, cost, torch.inf).flatten().argsort()[:n]
             chosen = torch.zeros(kept.numel(), dtype=torch.bool).index_fill(0, least, True).view(kept.shape)
@@ -105,10 +105,11 @@ def parts(
 
 def without(
     circuit: Circuit,  # any
-    part: Part,        # of it
+    *parts: Part,      # of it
 ) -> Circuit:
-    "The circuit with a part closed"
-    kept = circuit.kept | {part.finest: circuit.kept[part.finest] & ~part.neurons}
+    "The circuit with some of its parts closed"
+    kept = dict(circuit.kept)
+    for part in parts: kept[part.finest] = kept[part.finest] & ~part.neurons
     return from_kept(kept, circuit.sites, scores=circuit.scores, provenance=circuit.provenance)
 
 # %% ../nbs/22_trimming.ipynb #ae33ecf7
@@ -120,7 +121,7 @@ def trimmed(
     confidence: Inside | None = None,   # chance that pairs not measured here hold it too; None: only these
     faithfulness: Within | None = None, # how far from 1 its faithfulness may be besides; None: as far as it likes
     share: Share = 0.1,        # of the neurons of a head, MLP or expert, that are tried together
-    sure: bool = False,        # measure each part on all pairs, rather than on a few where these leave no hope
+    sure: bool = False,        # measure all pairs always, and go on until no part can go
 ) -> Circuit:
     "The circuit without what the budget does not need; its provenance says what each part that is left is needed for"
     def over(c: Circuit, beside: Any = None) -> tuple[float, torch.Tensor]:
@@ -129,14 +130,21 @@ def trimmed(
         return found.max().item(), each
     check_enough(len(examples), confidence)
     before, tried, needed, (by, each) = circuit.n_neurons(), 0, {}, over(circuit)
-    gone = by <= 0
-    while gone:
-        gone, needed, cost = False, {}, closing(circuit, examples)
-        for part in parts(circuit, cost) + parts(circuit, cost, share):
-            if not circuit.kept[part.finest][part.neurons].all(): continue  # a part of what went before
-            candidate = without(circuit, part)
-            (by, changed), tried = over(candidate, each), tried + 1
-            if by <= 0: circuit, each, gone = candidate, changed, True
-            else: needed.setdefault(part.level if part.whole else f"neurons of {part.level}", {})[part.name] = round(by, 5)
-    said: dict[str, Any] = dict(before=before, neurons=circuit.n_neurons(), share=share, sure=sure, tried=tried, over=needed)
+    again = by <= 0
+    while again:
+        again = False
+        for of in (1., share):
+            groups = [parts(circuit, closing(circuit, examples), of)]
+            while groups:
+                group = [part for part in groups.pop() if circuit.kept[part.finest][part.neurons].all()]
+                if not group: continue
+                candidate, half = without(circuit, *group), len(group) // 2
+                (by, changed), tried = over(candidate, each), tried + 1
+                if by <= 0: circuit, each, again = candidate, changed, sure
+                elif half: groups += [group[half:], group[:half]]
+                else: needed[group[0].kind, group[0].level, group[0].node] = round(by, 5)
+    left: dict[str, dict[str, float]] = {}
+    for (kind, level, node), by in needed.items():
+        if circuit.kept[level][node]: left.setdefault(kind, {})[".".join(map(str, node))] = by
+    said: dict[str, Any] = dict(before=before, neurons=circuit.n_neurons(), share=share, sure=sure, tried=tried, over=left)
     return replace(circuit, provenance=replace(circuit.provenance, trimmed=said))
