@@ -4,6 +4,7 @@ import inspect
 import math
 import random
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,8 +127,9 @@ def test_values_are_checked_where_they_are_made(make):
 
 def test_batches_of_other_shapes_are_refused():
     model, batch = tiny("llama"), pairs()
-    others = [Batch(batch.clean[:, 1:], batch.corrupt, batch.attention_mask, batch.answer, batch.wrong), Batch(*[t[:0] for t in vars(batch).values()]),
-              Batch(batch.clean, batch.corrupt, 1 - batch.attention_mask, batch.answer, batch.wrong), Batch(batch.clean + 100, batch.corrupt, *list(vars(batch).values())[2:])]
+    others = [Batch(batch.clean[:, 1:], batch.corrupt, batch.attention_mask, batch.answer, batch.wrong), batch[:0],
+              Batch(batch.clean, batch.corrupt, 1 - batch.attention_mask, batch.answer, batch.wrong), Batch(batch.clean + 100, batch.corrupt, batch.attention_mask, batch.answer, batch.wrong),
+              replace(batch, words=batch.answer[:1]), replace(batch, words=batch.answer[:, 0]), replace(batch, words=batch.answer.float())]
     for other in others:
         with pytest.raises(InputError): prepare(model, other)
     with pytest.raises(InputError): prepare(model, [1])
