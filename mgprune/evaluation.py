@@ -202,7 +202,8 @@ def excess_over(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """By how much it is over each criterion, [criteria]: a bound, or the mean of the pairs measured, where measuring ended early;
     and the excess of each of these pairs, [criteria, examples]"""
-    masks, total, found = circuit.masks().to(examples.host.device), len(examples), []
+    masks, total = circuit.masks().to(examples.host.device), len(examples)
+    found, each = [], torch.empty(0)
     for start, end in pairwise([0, *(end for end in (FEW, *range(SOME, total, SOME)) if end < total), total]):
         part = examples[start:end]
         found.append(excess(part, part.logits(masks), kl, faithfulness))

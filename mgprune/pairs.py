@@ -193,7 +193,7 @@ class Batch(Rows):
     attention_mask: torch.Tensor  # [examples, positions] 1 for a token, 0 for padding
     answer: torch.Tensor          # [examples, most answers] token ids of right answers, filled up with -1
     wrong: torch.Tensor           # [examples, most wrong answers] token ids of wrong answers, filled up with -1
-    words: torch.Tensor | None = None  # [examples, slots] number of the word in each slot whose words no other part of the task has
+    words: torch.Tensor | None = None  # [examples, slots] number of the word, in each slot that has words of this part alone
 
     def __len__(self) -> int: return len(self.clean)
 
