@@ -266,8 +266,7 @@ def test_one_program_at_a_time(model, task, broken_off, tmp_path):
     with working_in(folder):
         thread = threading.Thread(target=second)
         thread.start(), thread.join()
-        elsewhere = f"from mgprune.ablations import ablation_named
-from mgprune.files import working_in\nwith working_in({str(folder)!r}): pass"
+        elsewhere = f"from mgprune.files import working_in\nwith working_in({str(folder)!r}): pass"
         process = subprocess.run([sys.executable, "-c", elsewhere], capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
     assert process.returncode == 1 and all("another program is at the search" in s for s in (*said, process.stderr)) and len(said) == 1
     assert same(discover(model, task, keep=.2, **QUICK, save=folder), discover(model, task, keep=.2, **QUICK))
