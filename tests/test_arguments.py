@@ -17,12 +17,12 @@ from mgprune.attribution import attribute
 from mgprune.circuit import from_kept, full_circuit
 from mgprune.gates import HardConcrete, Sigmoid
 from mgprune.models import EMBEDDED, InputError
+from mgprune.recipe import Goal, Recipe
 from mgprune.sites import find_sites
 from mgprune.streams import Batch, prepare
-from mgprune.training import Goal, Recipe
 
-MODULES = ("attribution", "circuit", "corruption", "evaluation", "export", "files", "models", "pairs", "plots", "reading", "streams", "tasks", "training",
-           "widgets", "words")
+MODULES = ("attribution", "circuit", "corruption", "evaluation", "export", "files", "models", "pairs", "planning", "plots", "reading",
+           "streams", "tasks", "training", "widgets", "words")
 HUB = {"push_to_hub", "from_hub"}          # would ask the network
 
 

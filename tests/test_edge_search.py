@@ -12,8 +12,8 @@ from mgprune.edge_pass import prepare_edges
 from mgprune.edge_search import true_edges, whole_nodes
 from mgprune.graph import Graph
 from mgprune.planted import plant
+from mgprune.recipe import Recipe
 from mgprune.sites import find_sites
-from mgprune.training import Recipe
 
 TRUE = dict(ioi=10, greater_than=3, gendered_pronoun=3)
 

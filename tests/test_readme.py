@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import mgprune
-from mgprune.training import Recipe
+from mgprune.recipe import Recipe
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"(?ms)^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", README)  # code, and the text shown under it

@@ -8,8 +8,8 @@ from mgprune.circuit import from_kept, from_scores, full_circuit
 from mgprune.checks import trusted
 from mgprune.evaluation import bound, cut_by_size
 from mgprune.objective import kl_divergence
+from mgprune.recipe import Recipe
 from mgprune.streams import prepare
-from mgprune.training import Recipe
 from mgprune.trimming import closing, parts, trimmed, without
 
 
