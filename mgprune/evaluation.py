@@ -78,7 +78,17 @@ def evaluate(
     reference: Pairs | None = None,   # pairs that means and other pairs' prompts are taken from; None: a Task's training pairs
     batch_size: Count | None = None,  # examples per forward pass; None: as many as fit, at most 32
 ) -> dict[str, float | str]:
-    "Measures of the circuit on held-out pairs, by name; and both ablations, where it is not measured with what it was found with"
+    """Measures of the circuit on held-out pairs, by name; and both ablations, where it was found with another
+
+    - kl: Kullback-Leibler divergence of its answers from the full model's, in nats; 0 where they are the same
+    - faithfulness: share of the logit difference between all nodes ablated and the full model that it recovers
+    - accuracy: share of the pairs whose correct answers are likelier than the wrong ones
+    - exact_match: share of the pairs where its likeliest token is the full model's
+    - logit_difference: log odds of the correct answers against the wrong ones, averaged
+    - probability_difference: probability of the correct answers less that of the wrong ones, averaged
+    - full_accuracy, full_logit_difference, full_probability_difference: of the full model
+    - closed_kl, closed_accuracy, closed_logit_difference, closed_probability_difference: with all nodes ablated
+    """
     examples = prepare_for(circuit, model, task, ablation, reference, batch_size)
     return measured(circuit, examples) | both_ablations(circuit, examples)
 

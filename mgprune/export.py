@@ -355,7 +355,7 @@ def fold(
     weight.mul_(mask[:, None])
     if not constant.any(): return
     if bias is None: raise InputError(
-        "this architecture has no bias that could hold the means of closed nodes: export with ablation='zero'")
+        "this architecture has no bias that could hold the means of ablated nodes: export with ablation='zero'")
     bias.add_(constant)
 
 def fold_outputs(
@@ -368,7 +368,7 @@ def fold_outputs(
     constant, bias = (1 - mask) * held, bias_of(projection)
     if bias is not None: bias.copy_(bias * mask + constant)
     elif constant.any(): raise InputError(
-        "this architecture has no bias that could hold the means of closed MLP outputs: export with ablation='zero'")
+        "this architecture has no bias that could hold the means of ablated MLP outputs: export with ablation='zero'")
 
 # %% ../nbs/32_export.ipynb #5f1c2a90
 def filled(

@@ -324,7 +324,7 @@ class Reader:
         answer, wrong = ([*dict.fromkeys(map(self._answer, texts))] for texts in (pair.answer, pair.wrong))
         both = sorted({*answer} & {*wrong})
         if both: raise _unfit("an answer that is right and wrong",
-                              f"{in_pieces(both, self.tokenizer)} is given as right and as wrong; keep one")
+                              f"{in_pieces(both, self.tokenizer)} is given as correct and as wrong; keep one")
         return clean, corrupt, answer, wrong
 
     def _prompt(self, which: str, text: str) -> list[int]:
