@@ -71,7 +71,7 @@ class Recorded:
     def __init__(self,
         model: torch.nn.Module,  # a Hugging Face causal language model
         batch: Batch,            # pairs
-        held: Recording,         # what closed nodes hold for each of them
+        held: Recording,         # what ablated nodes hold for each of them
     ) -> None:
         self.model, self.held, self.rows = model, replace(held, logits=None), {}
         self.tokenizer: Any = getattr(model, "tokenizer", None)
@@ -123,7 +123,7 @@ def at_positions(
 def recorded_prompts(
     model: torch.nn.Module,  # a Hugging Face causal language model
     batch: Batch,            # pairs
-    held: Recording,         # what closed nodes hold for each of them
+    held: Recording,         # what ablated nodes hold for each of them
 ) -> Generator[Recorded]:
     "Within the context, a function that returns what was recorded for the prompts of the forward pass under way"
     inside, recorded = unwrapped(model), Recorded(model, batch, held)
@@ -165,10 +165,10 @@ def held_for(
     circuit: Circuit,        # to apply
     model: torch.nn.Module,  # the model that it belongs to
     pairs: Any,              # as a user says which pairs
-    ablation: Any,           # what closed nodes hold; None: as the circuit was found, or as Examples have it
+    ablation: Any,           # what ablated nodes hold; None: as the circuit was found, or as Examples have it
     reference: Any,          # reference pairs; None: a Task's training pairs
 ) -> tuple[Batch, Recording]:
-    "The pairs, and what closed nodes hold for each of them"
+    "The pairs, and what ablated nodes hold for each of them"
     host, pairs, output = trusted(model), task_of(model, pairs), "mlp_output" in circuit.kept
     check_model(circuit, host)
     asked = pairs.ablation if ablation is None and isinstance(pairs, Examples) else ablation_of(circuit, ablation)
@@ -182,7 +182,7 @@ def applied(
     circuit: CircuitFirst,           # any
     model: Model,                    # the model that it belongs to
     pairs: Pairs,                    # its clean prompts may be run; of a Task its test pairs are taken
-    ablation: Any = None,            # what closed nodes hold: a name in ABLATIONS, or a function; None: as the circuit was found
+    ablation: Any = None,            # what ablated nodes hold: a name in ABLATIONS, or a function; None: as the circuit was found
     reference: Pairs | None = None,  # pairs that means and other pairs' prompts are taken from; None: a Task's training pairs
     alone: bool = False,             # compute open heads and MLP neurons alone: inside the model there are no others
 ) -> Generator[torch.nn.Module]:

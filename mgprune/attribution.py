@@ -54,7 +54,7 @@ def by_level(
 def bound(
     model: torch.nn.Module,  # a Hugging Face causal language model
     task: Any,               # as a user says which pairs; of a Task its first training pairs
-    ablation: Any,           # what closed nodes hold; None: "corrupt", or as Examples have it
+    ablation: Any,           # what ablated nodes hold; None: "corrupt", or as Examples have it
     output: bool = False,    # hold what the MLPs add to the residual stream too
 ) -> Examples:
     "The pairs that a ranking is averaged over, on the model"
@@ -134,7 +134,7 @@ def nudged(
     i: int,              # layer
     mask: torch.Tensor,  # [width of the site] that asks for a gradient
     clean: Recording,    # of the untouched model on the clean prompts
-    held: Recording,     # what closed nodes hold
+    held: Recording,     # what ablated nodes hold
 ) -> list[Hook]:
     "The hooks that leave a site's values as they are, with the gradient with respect to the masks of its neurons"
     runs = [getattr(recording, site)[i] for recording in (clean, held)]
@@ -360,7 +360,7 @@ def attribute(
     levels: LevelNames = NEURONS,     # names of the levels to score
     seed: Seed = 0,                   # of random circuits
     batch_size: Count = 32,           # pairs per forward and backward pass
-    ablation: Any = None,             # what closed nodes hold; None: "corrupt", or as Examples have it
+    ablation: Any = None,             # what ablated nodes hold; None: "corrupt", or as Examples have it
 ) -> Scores:
     "Score nodes by an average gradient of the measure: level -> scores, higher is more important"
     sites = find_sites(model)

@@ -155,7 +155,7 @@ class Circuit:
     def applied(self,
         model: Model,            # the model that it belongs to
         pairs: Any,              # Task, or its name; its test pairs are taken. Or a list of pairs, a Batch, or Examples
-        ablation: Any = None,    # what closed nodes hold: a name in ABLATIONS, or a function; None: as it was found
+        ablation: Any = None,    # what ablated nodes hold: a name in ABLATIONS, or a function; None: as it was found
         reference: Any = None,   # pairs that means and other pairs' prompts are taken from; None: a Task's training pairs
     ) -> AbstractContextManager[torch.nn.Module]:
         "Within the context, the model run on the clean prompts of the pairs is the circuit"
@@ -165,7 +165,7 @@ class Circuit:
     def compact(self,
         model: Model,            # the model that it belongs to
         pairs: Any,              # Task, or its name; its test pairs are taken. Or a list of pairs, a Batch, or Examples
-        ablation: Any = None,    # what closed nodes hold: a name in ABLATIONS, or a function; None: as it was found
+        ablation: Any = None,    # what ablated nodes hold: a name in ABLATIONS, or a function; None: as it was found
         reference: Any = None,   # pairs that means and other pairs' prompts are taken from; None: a Task's training pairs
     ) -> AbstractContextManager[torch.nn.Module]:
         "As `applied`, computed from the circuit's open heads and MLP neurons alone: inside the model there are no others"
@@ -190,7 +190,7 @@ class Circuit:
         model: Model,              # the model that it belongs to
         task: Any,                 # Task, whose test pairs are taken; a Pair, or a list of Pairs
         path: str | Path | None = None,  # where to save the edited circuit; None: "edited.json" in the current folder
-        ablation: Any = None,      # what closed nodes hold; None: as it was found
+        ablation: Any = None,      # what ablated nodes hold; None: as it was found
     ) -> "Explorer":
         "Open the circuit beside its model and prompts, to change it by hand"
         from mgprune.widgets import explore
@@ -271,7 +271,7 @@ def needed(
     trimmed = circuit.provenance.trimmed or {}
     least = [f"{printable(kind)} {min(by.values()):.2g}" for kind, by in trimmed.get("over", {}).items() if by]
     known = "" if trimmed.get("sure") else ", by an estimate"
-    return f"over its budget, in nats, if one is closed alone, at least{known}: {', '.join(least)}" if least else ""
+    return f"over its budget, in nats, if one is ablated alone, at least{known}: {', '.join(least)}" if least else ""
 
 # %% ../nbs/18_circuit.ipynb #2afc1699
 FIRST = dict(  # the measures to read first, with what they mean

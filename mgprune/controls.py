@@ -183,7 +183,7 @@ def controls(
     other: Pairs | None = None,  # another task; None: a built-in one
     shares: tuple[Share, ...] | list[Share] = SHARES,  # of the neurons outside, to open again
     draws: Count = 5,      # random choices for each share, and random circuits
-    ablation: Any = None,  # what closed nodes hold; None: as the circuit was found
+    ablation: Any = None,  # what ablated nodes hold; None: as the circuit was found
     most: Count = 128,     # pairs to measure on
     seed: Seed = 0,        # of all draws
 ) -> Controls:

@@ -108,7 +108,7 @@ def mib_curve(
     level: Ranked = "node",     # what is ranked: "head", "mlp", "node" for both, "neuron", or "mlp_output"
     sign: Sign = "signed",      # rank scores as they are, or "absolute": regardless of their sign
     fractions: tuple[Share, ...] | list[Share] = FRACTIONS,  # shares of what is ranked to keep, rising
-    ablation: Any = None,       # what closed nodes hold; None: "corrupt", or as Examples have it
+    ablation: Any = None,       # what ablated nodes hold; None: "corrupt", or as Examples have it
     confidence: Confidence = .95,  # of the intervals
     draws: Count = 1000,           # resamples of the pairs
     seed: Seed = 0,                # of the resamples

@@ -37,9 +37,9 @@ def average(
 def ends(
     examples: Examples,  # pairs on a model
 ) -> dict[str, float]:
-    "Averages of the untouched model, full_, and with every node closed, closed_, by name"
+    "Averages of the untouched model, full_, and with every node ablated, closed_, by name"
     full, closed = examples.full, examples.closed
-    if closed is None: raise InputError("these Examples lack the answers with every node closed: prepare them with closed=True")
+    if closed is None: raise InputError("these Examples lack the answers with every node ablated: prepare them with closed=True")
     if examples not in ENDS:
         sides = {f"{side}_{name}": average(f(answers, examples.batch)) for name, f in MARKS.items()
                  for side, answers in (("full", full), ("closed", closed))}
@@ -51,7 +51,7 @@ def measures(
     logits: torch.Tensor,  # [examples, vocabulary] answer logits of a circuit
     examples: Examples,    # that they belong to
 ) -> dict[str, float]:
-    "Averages over the examples, by name; full_ and closed_ ones are the untouched model's and those with every node closed"
+    "Averages over the examples, by name; full_ and closed_ ones are the untouched model's and those with every node ablated"
     known, full = ends(examples), examples.full
     result = dict(kl=average(kl_divergence(full, logits)), closed_kl=known["closed_kl"],
                   exact_match=average(logits.argmax(-1) == full.argmax(-1)))
@@ -74,7 +74,7 @@ def evaluate(
     circuit: CircuitFirst, # a circuit
     model: Model,          # the model that it belongs to
     task: Pairs,           # Task, or its name; its test pairs are taken. Or a list of pairs, a Batch, or Examples from prepare
-    ablation: Any = None,  # what closed nodes hold: a name in ABLATIONS, or a function; None: as the circuit was found
+    ablation: Any = None,  # what ablated nodes hold: a name in ABLATIONS, or a function; None: as the circuit was found
     reference: Pairs | None = None,   # pairs that means and other pairs' prompts are taken from; None: a Task's training pairs
     batch_size: Count | None = None,  # examples per forward pass; None: as many as fit, at most 32
 ) -> dict[str, float | str]:
@@ -109,7 +109,7 @@ Inside = Annotated[float, Must(lambda v: 0 < v < 1, "above 0 and below 1")]
 
 def in_nats(
     kl: float | str,  # a budget, in nats or as a share such as "10%"
-    closed: float,    # divergence with every node closed
+    closed: float,    # divergence with every node ablated
 ) -> float:
     "The budget in nats"
     if not isinstance(kl, str): return kl
@@ -118,11 +118,11 @@ def in_nats(
     return share * closed
 
 Divergence = Annotated[float | str, Must(lambda v: 0 <= in_nats(v, 1.) < math.inf, ""),
-                       "a divergence in nats, or a share of that with every node closed, such as '10%'"]
+                       "a divergence in nats, or a share of that with every node ablated, such as '10%'"]
 
 # %% ../nbs/21_evaluation.ipynb #9154532d
 def excess(
-    examples: Examples,     # pairs, with their answers with every node closed where a share or a faithfulness is asked for
+    examples: Examples,     # pairs, with their answers with every node ablated where a share or a faithfulness is asked for
     logits: torch.Tensor,   # [examples, vocabulary] answers of a circuit
     kl: float | str,        # divergence that it may have
     faithfulness: float | None,  # how far from 1 its faithfulness may be; None: as far as it likes
@@ -130,7 +130,7 @@ def excess(
     "By how much each pair is over what is asked for, [criteria, examples]: all of it holds where no mean is above 0"
     full, closed, batch = examples.full, examples.closed, examples.batch
     if closed is None and (isinstance(kl, str) or faithfulness is not None): raise InputError(
-        "these Examples lack the answers with every node closed: prepare them with closed=True")
+        "these Examples lack the answers with every node ablated: prepare them with closed=True")
     allowed = in_nats(kl, 1.) * kl_divergence(full, closed) if isinstance(kl, str) and closed is not None else in_nats(kl, 0.)
     rows = [kl_divergence(full, logits) - allowed]
     if faithfulness is not None and closed is not None:
@@ -280,7 +280,7 @@ def smallest(
 def cut_by_kl(
     scores: ByLevel,     # level -> tensor [layers, ...]
     examples: Examples,  # pairs to measure on, bound to the model that the scores belong to
-    kl: Divergence,      # divergence that the circuit may have: in nats, or such as "10%" of that with every node closed
+    kl: Divergence,      # divergence that the circuit may have: in nats, or such as "10%" of that with every node ablated
     confidence: Inside | None = None,  # chance that pairs not measured here hold it too; None: only these
     guess: float | None = None,  # threshold to begin at, which should be nearly right; None: an eighth of the neurons
     tries: Count = 16,           # circuits to measure
@@ -304,7 +304,7 @@ def frontier(
     scores: ByLevel,  # level -> tensor [layers, ...]; higher is kept first
     task: Pairs,      # Task, or its name; its test pairs are taken. Or a list of pairs, a Batch, or Examples from prepare
     sizes: list[Share] | tuple[Share, ...] = SIZES,  # shares of the neurons to keep
-    ablation: Any = None,  # what closed nodes hold; None: "corrupt", or as Examples have it
+    ablation: Any = None,  # what ablated nodes hold; None: "corrupt", or as Examples have it
 ) -> list[dict[str, float]]:
     "Measures of a ranking's circuits, by name, one dictionary for each size"
     examples = prepare(model, task, ablation=ablation, output="mlp_output" in scores)

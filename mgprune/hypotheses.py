@@ -225,7 +225,7 @@ def hypotheses(
     draws: Count = 100,        # random circuits, and random nodes
     shuffles: Count = 999,     # for the test of independence
     alpha: Confidence = .05,   # chance of rejecting what is true; intervals hold the truth in all other cases
-    ablation: Any = None,      # what closed nodes hold; None: as the circuit was found
+    ablation: Any = None,      # what ablated nodes hold; None: as the circuit was found
     most: Count = 256,         # pairs to measure on
     seed: Seed = 0,            # of all draws
 ) -> Hypotheses:

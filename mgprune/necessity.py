@@ -182,7 +182,7 @@ def necessity(
     draws: Annotated[int, Must(lambda n: n >= 0, "of at least 0")] = 20,            # sets by chance
     steps: Annotated[int, Must(lambda n: n >= 0, "of at least 0")] = 8,             # nodes of the set that grows
     tries: Count = 10,         # nodes to try for each of these
-    ablation: Any = None,      # what closed nodes hold; None: as the circuit was found
+    ablation: Any = None,      # what ablated nodes hold; None: as the circuit was found
     most: Count = 256,         # pairs to measure on
     confidence: Confidence = .95,  # of the interval
     seed: Seed = 0,                # of the sets by chance, and of resamples

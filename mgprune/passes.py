@@ -214,7 +214,7 @@ def compacted(
 def interpolated(
     host: Host,        # model with its sites
     masks: SiteMasks,  # each [layers, width of the site] or, one for each example, [examples, layers, width of the site]
-    held: Recording | Callable[[], Recording],  # what closed nodes hold for the prompts that are run; or a function that says it
+    held: Recording | Callable[[], Recording],  # what ablated nodes hold for the prompts that are run; or a function that says it
     only: Open = {},   # nodes that alone are computed, where a site is named here; the others there count as closed
 ) -> Generator[torch.nn.Module]:
     "Within the context, every forward pass on the clean prompts is that of the masked model"
@@ -239,7 +239,7 @@ def circuit_logits(
     host: Host,        # model with its sites
     batch: Batch,      # pairs
     masks: SiteMasks,  # shared or one for each example
-    held: Recording,   # what closed nodes hold for the pairs of `batch`
+    held: Recording,   # what ablated nodes hold for the pairs of `batch`
     only: Open = {},   # nodes that alone are computed, where a site is named here; the others there count as closed
 ) -> torch.Tensor:
     "Answer logits of the masked model on the clean prompts, [examples, vocabulary]"

@@ -51,13 +51,13 @@ def time_in_words(
 class Plan:
     "What a search will take"
     weights: int      # bytes of the model
-    recorded: int     # bytes of what closed nodes hold for the training pairs; or for a step's, where each step makes it anew
+    recorded: int     # bytes of what ablated nodes hold for the training pairs; or for a step's, where each step makes it anew
     kept: bool        # whether it is made once
-    answers: int      # bytes of what the full model, and the one with every node closed, answers to the training pairs
+    answers: int      # bytes of what the full model, and the one with every node ablated, answers to the training pairs
     gates: int        # bytes of the scores and all else that is a number for each gate
     step: int         # bytes that a step keeps for its way back
     passes: int       # bytes of as many pairs as go through the model at once without a way back, an estimate from above
-    held_out: int     # bytes of what closed nodes hold and of answers, for the pairs to cut or to measure on, after the search
+    held_out: int     # bytes of what ablated nodes hold and of answers, for the pairs to cut or to measure on, after the search
     at_once: int     # pairs that go there and back at once; where a step has more, its parts are added up
     preparing: float  # seconds until the first step
     stepping: float   # seconds of all steps
@@ -140,7 +140,7 @@ def clock(
 def few_of(
     reference: Batch | None,  # reference pairs
     pairs: Batch,             # to hold values for
-    ablation: Ablation,       # says what closed nodes hold
+    ablation: Ablation,       # says what ablated nodes hold
 ) -> Batch | None:
     "Reference pairs for which the values are of the same shape: one of each length, where means over them are taken"
     if reference is None or ablation not in ABLATIONS.values() or getattr(ablation, "each_pair", False): return reference
@@ -150,7 +150,7 @@ def few_of(
     return reference[rows]
 
 def held_bytes(
-    held: Held,          # what closed nodes hold for some pairs
+    held: Held,          # what ablated nodes hold for some pairs
     pairs: Batch,        # others, or more of them
     ablation: Ablation,  # that said so
 ) -> int:
@@ -262,7 +262,7 @@ def plan(
     levels: LevelNames = DEFAULT_LEVELS,  # names of the levels to search
     recipe: Recipe = Recipe(),          # settings of the search
     gate: Gate = Sigmoid(),             # what turns log alpha into a gate
-    ablation: Any = "corrupt",          # what closed nodes hold: a name in ABLATIONS, or a function
+    ablation: Any = "corrupt",          # what ablated nodes hold: a name in ABLATIONS, or a function
 ) -> Plan:
     "Memory and time that a search will take on this machine, by part: tried on a few of the pairs"
     goal = goal_of(kl, keep, penalties, faithfulness)
@@ -290,7 +290,7 @@ def check_plan(
     if more <= max(plan.weights, LARGE): return
     most = max(("recorded", "answers", "step", "passes", "held_out"), key=lambda part: getattr(plan, part))
     says = dict(
-        recorded=f"what closed nodes hold for the training pairs: a smaller Recipe(pairs={recipe.pairs})",
+        recorded=f"what ablated nodes hold for the training pairs: a smaller Recipe(pairs={recipe.pairs})",
         answers=f"the answers to the training pairs: a smaller Recipe(pairs={recipe.pairs})",
         step=f"a step of {plan.at_once} pairs: a smaller Recipe(batch_size={recipe.batch_size})",
         passes="the passes before the search: shorter prompts", held_out="the held-out pairs: fewer of them")[most]

@@ -474,7 +474,7 @@ def check(
     m = measured(from_kept(truth, examples.sites), examples)
     wrong = [text for bad, text in (
         (m["full_accuracy"] < ACCURATE,
-         f"the full model is right on {m['full_accuracy']:.0%} of the pairs, at least {ACCURATE:.0%} are needed"),
+         f"the full model is correct on {m['full_accuracy']:.0%} of the pairs, at least {ACCURATE:.0%} are needed"),
         (not abs(m["faithfulness"] - 1) <= FAITHFUL,
          f"the planted circuit alone has faithfulness {m['faithfulness']:.2f}, expected 1 within {FAITHFUL}"),
         (m["kl"] > CLOSE,

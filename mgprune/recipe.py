@@ -56,7 +56,7 @@ class Goal:
         for level, price in (self.penalties or {}).items():
             check_levels(level)
             if not (number(price) and price >= 0): raise InputError(
-                f"penalties[{level!r}]={shown(price)}: expected a price of 0 or more")
+                f"penalties[{level!r}]={shown(price)}: expected a penalty of 0 or more")
 
     @property
     def budgets(self) -> tuple[float | str, ...]:
@@ -81,7 +81,7 @@ def goal_of(
 # %% ../nbs/23_recipe.ipynb #910f29ba
 Positive, NotNegative = Annotated[float, above(0)], Annotated[float, at_least(0)]
 Rate = Annotated[float, Must(lambda v: 0 < v <= 10, "above 0 and at most 10")]
-Prices = Annotated[dict[Any, Any], "a dictionary of prices by level"]
+Prices = Annotated[dict[Any, Any], "a dictionary of penalties by level"]
 
 # %% ../nbs/23_recipe.ipynb #dbebc33c
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Asked:
     "What is asked of a search"
     goal: Goal      # what to reach
     levels: Any     # names of the levels to search
-    ablation: Any   # what closed nodes hold
+    ablation: Any   # what ablated nodes hold
     seed: int       # of the search
     recipe: Recipe  # settings
     gate: Any       # what turns log alpha into a gate

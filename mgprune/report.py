@@ -366,7 +366,7 @@ def report(
     task: Pairs,           # Task, or its name; its test pairs are taken. Or a list of pairs, a Batch, or Examples from prepare
     by: By = (),           # groups of pairs to tell apart, as in worth
     clusters: str | None = None,  # grouping whose pairs count as drawn together
-    ablation: Any = None,         # what closed nodes hold; None: as the circuit was found
+    ablation: Any = None,         # what ablated nodes hold; None: as the circuit was found
     ablations: tuple[Any, ...] | list[Any] = (*ABLATIONS, "optimal"),  # all that the verdict is given under
     other: Pairs | None = None,   # another task, as a control; None: a built-in one
     bound: Annotated[float, at_least(0)] = .9,  # faithfulness to ask for

@@ -158,7 +158,7 @@ def discover(
     model: Model,                       # a Hugging Face causal language model, such as load_model returns
     task: Behaviour,                    # the behaviour, as pairs of prompts: a Task, the name of one, a file, or a list of pairs
     kl: float | str | None = None,      # quality: the divergence that the circuit may have, in nats, 0.1 if nothing is asked for;
-                                        # or as a share of that with every node closed, such as "10%"
+                                        # or as a share of that with every node ablated, such as "10%"
     keep: float | tuple[Any, ...] | list[Any] | None = None,  # or size: the share of the neurons to keep
     penalties: Prices | None = None,    # or prices: level -> price of an open gate, in nats
     faithfulness: Within | None = None, # beside kl: how far from 1 the faithfulness may be, such as 0.1
@@ -167,7 +167,7 @@ def discover(
     recipe: Recipe = Recipe(),          # settings of the search
     gate: Gate = Sigmoid(),             # what turns log alpha into a gate; HardConcrete() and StraightThrough() are others
     progress: bool = True,              # show a progress bar
-    ablation: Any = "corrupt",          # what closed nodes hold: a name in ABLATIONS, or a function
+    ablation: Any = "corrupt",          # what ablated nodes hold: a name in ABLATIONS, or a function
     save: str | Path | None = None,     # folder that keeps the search and its result: the same call goes on after an interruption
 ) -> Circuit:
     "Find the circuit of a task in a frozen model"
@@ -198,7 +198,7 @@ def sweep(
     recipe: Recipe = Recipe(),          # settings of the search
     gate: Gate = Sigmoid(),             # what turns log alpha into a gate
     progress: bool = True,              # show a progress bar
-    ablation: Any = "corrupt",          # what closed nodes hold: a name in ABLATIONS, or a function
+    ablation: Any = "corrupt",          # what ablated nodes hold: a name in ABLATIONS, or a function
     save: str | Path | None = None,     # folder that keeps the search and its result: the same call goes on after an interruption
 ) -> list[Circuit]:
     "Circuits of several sizes or divergences from one search, each a part of the next larger one: a list in the order asked"
@@ -224,9 +224,9 @@ def check_task(
 ) -> None:
     "Print how well the full model does, and warn where a search cannot tell much"
     full, empty, batch, ablation = examples.full, examples.closed, examples.batch, name_of(examples.ablation)
-    assert empty is not None, "these examples are bound with the answers with every node closed"
+    assert empty is not None, "these examples are bound with the answers with every node ablated"
     by_prompts = ablation == "corrupt"
-    where = "on corrupt prompts" if by_prompts else f"with every node closed (ablation {printable(ablation)})"
+    where = "on corrupt prompts" if by_prompts else f"with every node ablated (ablation {printable(ablation)})"
     what = "the corruption" if by_prompts else f"the ablation {printable(ablation)}"
     choose = "a corruption" if by_prompts else "an ablation or a corruption"
     def average(values): return values.float().mean().item()
@@ -235,22 +235,22 @@ def check_task(
     first = average((full.argmax(-1, keepdim=True) == batch.answer).any(-1))
     closed = average(kl_divergence(full, empty))
     if say: print(
-        f"{printable(task.name)}: the full model is right on {accuracy:.1%} of {len(examples)} training pairs; right "
+        f"{printable(task.name)}: the full model is correct on {accuracy:.1%} of {len(examples)} training pairs; correct "
         f"answers have probability "
-        f"{probability:.2g} and are the likeliest token on {first:.1%}; {where} it is right on {corrupted:.1%}, "
+        f"{probability:.2g} and are the likeliest token on {first:.1%}; {where} it is correct on {corrupted:.1%}, "
         f"with KL {closed:.3g}", flush=True)
     for wrong, says in (
         (accuracy < 0.7,
-         f"the model is right on only {accuracy:.0%} of the pairs: a circuit would explain its mistakes. Choose pairs that "
+         f"the model is correct on only {accuracy:.0%} of the pairs: a circuit would explain its mistakes. Choose pairs that "
          f"it can do"),
         (probability < 0.05,
-         f"right answers have a probability of only {probability:.2g}: the model answers something else, and a circuit would "
+         f"correct answers have a probability of only {probability:.2g}: the model answers something else, and a circuit would "
          "explain which of two unlikely tokens is less unlikely. Choose prompts that the model goes on with one of the answers"),
         (corrupted > accuracy - 0.05,
-         f"{where} the model is right on {corrupted:.0%}, as on the clean ones ({accuracy:.0%}): "
-         f"what makes it right is not what {what} takes away. Choose {choose} that changes the answer"),
+         f"{where} the model is correct on {corrupted:.0%}, as on the clean ones ({accuracy:.0%}): "
+         f"what makes it correct is not what {what} takes away. Choose {choose} that changes the answer"),
         (closed < 1e-3 or any(closed <= in_nats(kl, closed) for kl in goal.budgets),
-         f"{what} changes (almost) nothing: the empty circuit has KL {closed:.3g}. "
+         f"{what} changes (almost) nothing: the fully ablated model has KL {closed:.3g}. "
          f"Choose {choose} that changes the answer, or a smaller kl"),
     ):
         if wrong: warnings.warn(says)
@@ -264,7 +264,7 @@ def check_held(
     "Warn where it does not hold on the pairs that it is measured on"
     metrics = circuit.provenance["metrics"]
     allowed, far = in_nats(kl, metrics.get("closed_kl", math.nan)), metrics.get("faithfulness", math.nan)
-    said = f"{kl:g}" if not isinstance(kl, str) else f"{allowed:.3g} ({kl} of that with every node closed)"
+    said = f"{kl:g}" if not isinstance(kl, str) else f"{allowed:.3g} ({kl} of that with every node ablated)"
     if metrics["kl"] > allowed: warnings.warn(
         f"the circuit has KL {metrics['kl']:.3g} on held-out pairs, over the {said} asked for: give the task more pairs")
     if faithfulness is not None and abs(1 - far) > faithfulness: warnings.warn(

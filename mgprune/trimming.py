@@ -138,7 +138,7 @@ def expected(
 def trimmed(
     circuit: Circuit,          # found on the model of the examples
     examples: Examples,        # to hold the budget on
-    kl: Divergence,            # divergence that it may have: in nats, or such as "10%" of that with every node closed
+    kl: Divergence,            # divergence that it may have: in nats, or such as "10%" of that with every node ablated
     confidence: Inside | None = None,   # chance that pairs not measured here hold it too; None: only these
     faithfulness: Within | None = None, # how far from 1 its faithfulness may be besides; None: as far as it likes
     share: Share = 0.1,        # of the neurons of a head, MLP or expert, that are tried together

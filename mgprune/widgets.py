@@ -43,7 +43,7 @@ class Choice:
     threshold: float | None = None  # keep the neurons whose lowest score is above it; None: the circuit's own nodes
     most: Mapping[str, int] = field(default_factory=dict)     # level -> number of nodes to keep at most: the best ones
     edits: Mapping[Node, bool] = field(default_factory=dict)  # node -> True where opened by hand, False where closed
-    ablation: str | None = None     # name of what closed nodes hold; None: as the circuit was found
+    ablation: str | None = None     # name of what ablated nodes hold; None: as the circuit was found
 
 # %% ../nbs/31_widgets.ipynb #1bee2af7
 def holders(
@@ -200,7 +200,7 @@ def toggled(
 
 # %% ../nbs/31_widgets.ipynb #65583819
 def titles(
-    ablation: Ablation,  # what closed nodes hold
+    ablation: Ablation,  # what ablated nodes hold
 ) -> tuple[str, str, str]:
     "What is written above the three columns"
     return "full model", "circuit", "corrupt prompt" if ablation is corrupt else "all ablated"
@@ -209,9 +209,9 @@ def next_probabilities(
     circuit: Circuit,    # any
     examples: Examples,  # one pair on the circuit's model
 ) -> torch.Tensor:
-    "Probabilities of the next token, [columns, vocabulary]: full model, circuit, and the model with every node closed"
+    "Probabilities of the next token, [columns, vocabulary]: full model, circuit, and the model with every node ablated"
     if examples.closed is None: raise InputError(
-        "these Examples lack the answers with every node closed: prepare them with closed=True")
+        "these Examples lack the answers with every node ablated: prepare them with closed=True")
     return torch.stack([examples.full[0].exp(), logits_of(circuit, examples)[0].float().softmax(-1), examples.closed[0].exp()])
 
 # %% ../nbs/31_widgets.ipynb #0ba37072
@@ -375,9 +375,9 @@ def possible(
 
 def held_html(
     pair: Pair,          # that is shown
-    ablation: Ablation,  # what closed nodes hold
+    ablation: Ablation,  # what ablated nodes hold
 ) -> str:
-    "What closed nodes hold, in words"
+    "What ablated nodes hold, in words"
     if ablation is corrupt: return f"corrupt prompt: {html.escape(pair.corrupt)}"
     return f"closed nodes hold {html.escape(ablation.__doc__ or f'what {name_of(ablation)} returns')}"
 
@@ -404,7 +404,7 @@ class Parts(widgets.VBox):
     path: widgets.Text
     save_button: widgets.Button
     reset_button: widgets.Button
-    held: widgets.HTML       # what closed nodes hold
+    held: widgets.HTML       # what ablated nodes hold
     counts: widgets.HTML     # how much is kept
     answers: widgets.HTML    # the table
     message: widgets.HTML    # what was saved or refused
@@ -658,7 +658,7 @@ def explore(
     model: Model,          # the model that it belongs to
     task: Any,             # Task, whose test pairs are taken; a Pair, or a list of Pairs
     path: str | Path | None = None,  # where to save the edited circuit; None: "edited.json" in the current folder
-    ablation: Any = None,  # what closed nodes hold first: a name in ABLATIONS, or a function; None: as it was found
+    ablation: Any = None,  # what ablated nodes hold first: a name in ABLATIONS, or a function; None: as it was found
 ) -> Explorer:
     "Open a circuit beside its model and prompts, to change it by hand"
     check_model(circuit, host_of(model))

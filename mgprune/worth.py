@@ -30,9 +30,9 @@ def each_pair_of(
     logits: torch.Tensor,  # [examples, vocabulary] answer logits of a circuit
     examples: Examples,    # that they belong to
 ) -> dict[str, np.ndarray]:
-    "The measures of each pair, by name, [examples]; full_ and closed_ ones are the model's and those with every node closed"
+    "The measures of each pair, by name, [examples]; full_ and closed_ ones are the model's and those with every node ablated"
     if examples.closed is None: raise InputError(
-        "these Examples lack the answers with every node closed: prepare them with closed=True")
+        "these Examples lack the answers with every node ablated: prepare them with closed=True")
     batch, full = examples.batch, examples.full
     found = dict(kl=kl_divergence(full, logits), exact_match=logits.argmax(-1) == full.argmax(-1))
     for prefix, answers in (("", logits), ("full_", full), ("closed_", examples.closed)):
@@ -253,7 +253,7 @@ def worth(
     by: By = (),           # groups to tell apart: "template", "answer", "length", and slots of the templates
                                       # such as "giver"; or labels, or functions of a prompt, by name
     clusters: str | None = None,      # grouping whose pairs count as drawn together; None: each pair by itself
-    ablation: Any = None,             # what closed nodes hold; None: as the circuit was found
+    ablation: Any = None,             # what ablated nodes hold; None: as the circuit was found
     reference: Pairs | None = None,   # pairs that means and other pairs' prompts are taken from; None: a Task's training pairs
     confidence: Confidence = .95,     # of the intervals
     draws: Count = 2000,              # resamples for the interval of faithfulness

@@ -113,7 +113,7 @@ def standing(examples, share, heads):
 
 
 def searches(host, batch):
-    "Name -> a search on these pairs, with what closed nodes hold recorded beforehand, or recorded anew in each step"
+    "Name -> a search on these pairs, with what ablated nodes hold recorded beforehand, or recorded anew in each step"
     once = bind(host, batch, corrupt, None, memory=MOST, closed=False, batch_size=len(batch))
     kinds = {"recorded": once, "recorded anew": replace(once, held=None)}
     return {(opened, kind): standing(examples, *shares) for opened, shares in OPEN.items() for kind, examples in kinds.items()}

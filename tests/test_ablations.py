@@ -1,4 +1,4 @@
-"""What closed nodes hold: each ablation against plain PyTorch hooks, on a GPT-2, a Llama with grouped keys and two mixtures of experts."""
+"""What ablated nodes hold: each ablation against plain PyTorch hooks, on a GPT-2, a Llama with grouped keys and two mixtures of experts."""
 import json
 import sys
 from dataclasses import replace
@@ -98,7 +98,7 @@ def mean_of(x, mask): return (x * mask[..., None]).sum((0, 1)) / mask.sum()
 
 
 def held_by_hand(model, ablation, batch, reference):
-    "What closed nodes hold for a batch: module -> something that broadcasts to [prompts, positions, width]"
+    "What ablated nodes hold for a batch: module -> something that broadcasts to [prompts, positions, width]"
     if ablation == "corrupt": return seen(model, batch.corrupt, batch.attention_mask)
     values = seen(model, reference.corrupt, reference.attention_mask)
     if ablation == "zero": return {m: torch.zeros_like(x[:1, :1]) for m, x in values.items()}
@@ -461,4 +461,4 @@ def test_values_that_do_not_fit_are_refused(model, task, spoil):
 
 def test_the_first_line_says_what_was_closed(model, task, capsys):
     discover(model, task, keep=.3, ablation="mean", recipe=QUICK)
-    assert "with every node closed (ablation mean) it is right on" in capsys.readouterr().out
+    assert "with every node ablated (ablation mean) it is right on" in capsys.readouterr().out

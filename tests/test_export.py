@@ -201,7 +201,7 @@ def test_at_zero_it_is_the_same_to_close_an_mlp_by_its_neurons_or_by_its_outputs
         assert torch.equal(added.flatten(), torch.zeros(sites.width) if bias is None else bias.detach())
 
 
-# --- what closed nodes hold
+# --- what ablated nodes hold
 
 @pytest.mark.parametrize("levels", (("block", "head", "mlp", "attention_neuron", "mlp_neuron"), LEVELS), ids=("default", "all"))
 @pytest.mark.parametrize("ablation", ("zero", "mean"))

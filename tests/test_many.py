@@ -88,7 +88,7 @@ def test_a_search_that_fails_or_dies_leaves_the_others(ray, model, task, tmp_pat
 SCRIPT = """
 import sys
 from mgprune import discover_all, load_model, tasks
-from mgprune.training import Recipe
+from mgprune.recipe import Recipe
 model = load_model()
 task = tasks.ioi(model, n=(48, 16, 16))
 jobs = [dict(model=model, task=task, seed=seed, recipe=Recipe(steps=steps, confidence=None)) for seed, steps in enumerate((5, 5, 100_000, 100_000))]

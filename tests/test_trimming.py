@@ -101,7 +101,7 @@ def test_a_found_circuit_is_a_cut_of_its_scores(model, task, tmp_path):
     assert about.trimmed["neurons"] < about.trimmed["before"]
     assert from_scores(circuit.scores, circuit.sites, about.settings["threshold"]) == circuit
     again = Circuit.load(circuit.save(tmp_path / "ioi.json"), model)
-    assert again == circuit and again.provenance.trimmed == about.trimmed and "if one is closed alone" in repr(again)
+    assert again == circuit and again.provenance.trimmed == about.trimmed and "if one is ablated alone" in repr(again)
     whole = discover(model, task, **quick | dict(recipe=Recipe(steps=20, pairs=32, confidence=None, trim=False)))
     assert whole.n_neurons() == about.trimmed["before"] and whole.provenance.trimmed is None and "closed alone" not in repr(whole)
 
