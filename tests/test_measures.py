@@ -7,19 +7,21 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from families import pairs, tiny
 from mgprune import evaluate, prepare, tasks
 from mgprune.ablations import ABLATIONS, zero
 from mgprune.agreement import fitted, loss_with, under_ablations
-from mgprune.attribution import random_ranking
+from mgprune.attribution import attribute, random_ranking
 from mgprune.circuit import from_kept, from_scores
 from mgprune.controls import controls
 from mgprune.curves import FRACTIONS, best_items, items, mib_curve, read_scores
 from mgprune.hypotheses import gaussian, holm, hypotheses, matched, p_at_least, p_at_most, p_equivalent, p_independent
-from mgprune.models import frozen
+from mgprune.models import InputError, frozen
 from mgprune.necessity import complement, necessity, nodes_of, without
 from mgprune.objective import kl_divergence
 from mgprune.pairs import Batch
 from mgprune.passes import Recording
+from mgprune.prompts import beginnings, by_prompt, in_levels, own_scores, silhouette
 from mgprune.report import faithful, report
 from mgprune.sites import find_sites
 from mgprune.tree import SiteMasks, level_shapes
@@ -329,3 +331,40 @@ def test_report_says_what_its_parts_say(tmp_path, model):
 def test_a_verdict_needs_the_whole_interval():
     assert faithful(.9, 1, .9).startswith("faithful") and faithful(.85, .95, .9).startswith("not settled")
     assert faithful(.5, .8999, .9).startswith("not faithful") and "too few" in faithful(math.nan, math.nan, .9)
+
+
+# --- circuits of single prompts
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
+def test_a_prompt_needs_the_beginning_of_its_own_ranking(kind):
+    model = tiny(kind)
+    examples = prepare(model, pairs())
+    sites, scores = examples.sites, own_scores(examples, 5)
+    for i in range(len(examples)):
+        for level, s in attribute(model, examples[i], signed=True).items():
+            assert torch.allclose(in_levels(scores[i], sites)[level], s, atol=1e-5), level
+    kept = beginnings(examples, scores, "20%")
+    for i, some in enumerate(kept):
+        order, n = scores[i].argsort(descending=True, stable=True), int(some.sum())
+        assert some[order[:n]].all() and 0 < n <= len(order)
+        def kl_of(size):
+            first = torch.zeros_like(some)
+            first[order[:size]] = True
+            return evaluate(from_kept(in_levels(first, sites), sites), model, examples[i])
+        at, before = kl_of(n), kl_of(n - 1)
+        assert at["kl"] <= .2 * at["closed_kl"] < before["kl"] + 1e-6
+
+
+def test_kinds_are_what_their_prompts_need(model, task):
+    pronoun = tasks.gendered_pronoun(model, n=(8, 8, 8))
+    found = by_prompt(model, [*task.test[:8], *pronoun.test], kl=.2)
+    assert [*found.prompts["neurons"]] == [c.n_neurons() for c in found.each] and (found.prompts["kl"] <= .2).all()
+    kinds = found.prompts["kind"].to_numpy()
+    assert len({*kinds[:8]}) == len({*kinds[8:]}) == 1 and kinds[0] != kinds[8]
+    assert np.isclose(silhouette(found.distances, kinds), max(found.silhouettes.values()))
+    for row in found.kinds.itertuples():
+        own = [pair for pair, kind in zip([*task.test[:8], *pronoun.test], kinds) if kind == row.kind]
+        assert np.isclose(evaluate(found.circuits[row.kind], model, own)["kl"], row.kl, atol=1e-5) and row.kl <= .2
+    alone = by_prompt(model, task.test[:1])
+    assert len(alone.circuits) == 1 and not alone.silhouettes and alone.figure()
+    with pytest.raises(InputError, match="kinds=9: "): by_prompt(model, task.test[:2], kinds=9)
