@@ -86,30 +86,35 @@ def p_independent(
 # %% ../nbs/35_hypotheses.ipynb #8269380c
 def shuffled_row(
     kept: torch.Tensor,  # [nodes] boolean
-    there: torch.Tensor, # [nodes] which of them the layer has
     rng: Any,            # numpy's
 ) -> torch.Tensor:
     "As many nodes, by chance"
-    places = there.nonzero().flatten()
-    result = torch.zeros_like(kept)
-    result[places[torch.from_numpy(rng.permutation(len(places)))[:int(kept.sum())]]] = True
+    return kept[torch.from_numpy(rng.permutation(len(kept)))]
+
+def shuffled_mlp(
+    kept: torch.Tensor,    # [MLP width] boolean
+    expert: torch.Tensor,  # [MLP width] of each neuron; -1 where there is none
+    routed: int,           # experts that tokens are sent to; one that all visit is numbered after them, as is a plain MLP
+    rng: Any,              # numpy's
+) -> torch.Tensor:
+    "As many experts, with as many neurons each, by chance"
+    result, places = torch.zeros_like(kept), [(expert == e).nonzero().flatten() for e in range(routed + 1)]
+    there = [e for e in range(routed) if len(places[e])]
+    source = dict(zip(there, rng.permutation(there).tolist())) | {routed: routed}
+    for e, other in source.items(): result[places[e]] = shuffled_row(kept[places[other]], rng)
     return result
 
 def matched(
-    circuit: Circuit,  # without experts
+    circuit: Circuit,  # any
     rng: Any,          # numpy's
 ) -> Circuit:
     "A random circuit with as many nodes of each level in each layer"
     sites, kept = circuit.sites, circuit.kept
-    if sites.experts: raise InputError("random circuits of the same size are not drawn for models with experts yet")
     heads = torch.stack([layer[torch.from_numpy(rng.permutation(len(layer)))] for layer in kept["attention_neuron"]])
-    within = torch.ones(sites.head_width, dtype=torch.bool)
-    found = {"attention_neuron": torch.stack([torch.stack([shuffled_row(h, within, rng) for h in layer]) for layer in heads])}
-    there = expert_of(sites) >= 0
-    found["mlp_neuron"] = torch.stack([shuffled_row(row, t, rng) for row, t in zip(kept["mlp_neuron"], there)])
-    if "mlp_output" in kept:
-        whole = torch.ones(sites.width, dtype=torch.bool)
-        found["mlp_output"] = torch.stack([shuffled_row(row, whole, rng) for row in kept["mlp_output"]])
+    found = {"attention_neuron": torch.stack([torch.stack([shuffled_row(h, rng) for h in layer]) for layer in heads])}
+    rows = zip(kept["mlp_neuron"], expert_of(sites))
+    found["mlp_neuron"] = torch.stack([shuffled_mlp(row, expert, sites.n_routed, rng) for row, expert in rows])
+    if "mlp_output" in kept: found["mlp_output"] = torch.stack([shuffled_row(row, rng) for row in kept["mlp_output"]])
     return from_kept(found, sites)
 
 # %% ../nbs/35_hypotheses.ipynb #f08332a4

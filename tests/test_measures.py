@@ -1,13 +1,14 @@
 "What a circuit is worth: the fast measures equal slow and obvious ones."
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from families import pairs, tiny
+from families import SPECIAL, TINY, pairs, randomise, tiny
 from mgprune import evaluate, prepare, tasks
 from mgprune.ablations import ABLATIONS, zero
 from mgprune.agreement import fitted, loss_with, under_ablations
@@ -288,6 +289,22 @@ def test_random_circuits_are_compared_one_by_one(model, examples):
     for other in others: assert other.counts() == circuit.counts() and other != circuit
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "deepseek_v3"])
+def test_random_circuits_have_as_many_experts(kind):
+    sites, noise = find_sites(tiny(kind)), torch.Generator().manual_seed(0)
+    shapes = level_shapes(sites)
+    circuit = from_kept({level: torch.rand(shapes[level], generator=noise) < share for level, share in
+                         dict(head=.6, expert=.5, attention_neuron=.6, mlp_neuron=.4).items()}, sites)
+    sizes = [set(), set()]
+    for seed in range(8):
+        other = matched(circuit, np.random.default_rng(seed))
+        assert other.counts() == circuit.counts() and other != circuit
+        for level, kept in circuit.kept.items():
+            if kept.dim() > 1: assert torch.equal(kept.flatten(1).sum(-1), other.kept[level].flatten(1).sum(-1)), level
+        for found, c in zip(sizes, (circuit, other)): found.add(tuple(c.experts()))
+    assert len(sizes[0]) == 1 < len(sizes[1])
+
+
 # --- controls
 
 def test_controls_are_what_evaluate_says(model, task, examples):
@@ -326,6 +343,21 @@ def test_report_says_what_its_parts_say(tmp_path, model):
     under = {row["ablation"]: row["verdict"] for row in data["tables"]["Under every ablation"]}
     assert {*under} == {"corrupt", "zero"} and all(f"under {a}: {v}" in data["first"] for a, v in under.items())
     assert all(row["not_shown"] for row in data["verdicts"])
+
+
+def test_report_on_a_mixture_of_experts(model):
+    config = AutoConfig.for_model("mixtral", **SPECIAL | TINY["mixtral"] | dict(vocab_size=len(model.tokenizer)))
+    torch.manual_seed(0)
+    mixture = randomise(AutoModelForCausalLM.from_config(config).eval())
+    mixture.tokenizer = model.tokenizer
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a random model is right on few pairs
+        task = tasks.ioi(mixture, n=(8, 4, 8))
+        circuit = from_scores(attribute(mixture, task, steps=1), find_sites(mixture), .002)
+        found = report(circuit, mixture, task, draws=2, most=4, ablations=("corrupt", "mean", "optimal"))
+    assert 0 < len(circuit.experts()) < 8 and not found.controls.not_measured
+    assert {*found.controls.others["control"]} >= {"random circuits", "another task", "shuffled weights"}
+    assert found.hypotheses.table["p"].notna().sum() >= 4 and np.isfinite(found.worth.row("kl")["value"]) and found.markdown()
 
 
 def test_a_verdict_needs_the_whole_interval():
