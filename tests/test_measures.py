@@ -48,7 +48,7 @@ def some_circuit(sites, seed=0, share=.7):
 
 def test_worth_equals_a_loop_over_pairs(model, examples):
     circuit = some_circuit(examples.sites)
-    found = worth(circuit, model, examples, draws=200)
+    found = worth(circuit, model, examples, clusters=None, draws=200)
     numbers = []
     for i in range(len(examples)):
         one = examples[i]
