@@ -76,6 +76,7 @@ class Measured:
         "Mean logit difference"
         return float(self(circuit)[0].mean())
 
+# %% ../nbs/34_necessity.ipynb #73f23240
 def named(
     nodes: Iterable[Node],  # heads and MLPs
 ) -> str:

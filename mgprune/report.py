@@ -264,9 +264,10 @@ def opening(
 ) -> list[str]:
     "The sentences of the first screen"
     f, (low, high) = report.worth.row("faithfulness"), report.necessity.interval
+    drawn = f" in groups by {report.worth.clusters}" if report.worth.clusters else ""
     under = [f"under {a}: {v}" for a, v in zip(report.ablations["ablation"], report.ablations["verdict"])]
     return [f"Faithfulness {f['value']:.3f}, {report.worth.confidence:.0%} interval {f['low']:.3f} to {f['high']:.3f}, on "
-            f"{f['pairs']} pairs{f' in groups by {report.worth.clusters}' if report.worth.clusters else ''}, closed nodes as under {report.worth.ablation}",
+            f"{f['pairs']} pairs{drawn}, closed nodes as under {report.worth.ablation}",
             f"Faithfulness of the complement {report.necessity.faithfulness:.3f}, {low:.3f} to {high:.3f}", *under]
 
 def worst_of(
