@@ -1,4 +1,6 @@
 "What a circuit is worth: the fast measures equal slow and obvious ones."
+import importlib
+import io
 import json
 import math
 import warnings
@@ -13,7 +15,7 @@ from mgprune import evaluate, prepare, tasks
 from mgprune.ablations import ABLATIONS, zero
 from mgprune.agreement import fitted, loss_with, under_ablations
 from mgprune.attribution import attribute, random_ranking
-from mgprune.circuit import from_kept, from_scores
+from mgprune.circuit import from_kept, from_scores, full_circuit
 from mgprune.controls import controls
 from mgprune.curves import FRACTIONS, best_items, items, mib_curve, read_scores
 from mgprune.hypotheses import gaussian, holm, hypotheses, matched, p_at_least, p_at_most, p_equivalent, p_independent
@@ -236,6 +238,32 @@ def test_gaps_and_additions_equal_masks_by_hand(model, examples):
     assert np.isclose(found.completeness.query("kind == 'greedy'")["gap"].iloc[0], max(first), atol=1e-4)
     adds = [mean_difference(circuit.masks(), []) - mean_difference(circuit.masks(), [n]) for n in nodes]
     assert np.allclose(found.minimality["adds"], adds, atol=1e-4) and without(circuit, nodes).n_neurons() == 0
+
+
+def test_intervals_go_by_the_grouping_that_is_least_sure(model):
+    task = tasks.greater_than(model, n=(48, 8, 96))
+    circuit = some_circuit(find_sites(model))
+    found = worth(circuit, model, task)
+    slots = {"template": None, "answer": None} | {name: None for name in task.test[0].slots}
+    errors = {None: worth(circuit, model, task, clusters=None, draws=2).row("kl")["error"]}
+    for name in slots:
+        values = [pair.answer[0] if name == "answer" else pair.slots[name] for pair in task.test]
+        if 6 <= len({*values}) < len(values): errors[name] = worth(circuit, model, task, clusters=name, draws=2).row("kl")["error"]
+    assert len(errors) > 3 and np.isclose(found.row("kl")["error"], max(errors.values())) and errors[found.clusters] == max(errors.values())
+
+
+# --- progress
+
+@pytest.mark.parametrize("name, options", [("necessity", dict(draws=3, steps=2, tries=3)), ("hypotheses", dict(draws=2, shuffles=9)), ("controls", dict(draws=2, shares=(.3, .6)))])
+def test_bars_come_to_their_end(model, task, monkeypatch, name, options):
+    module, bars = importlib.import_module(f"mgprune.{name}"), []
+    class Bar(module.tqdm):
+        def close(self): bars.append(self); super().close()
+    monkeypatch.setattr(module, "tqdm", lambda **given: Bar(**given | dict(disable=False, file=io.StringIO())))
+    for circuit in (some_circuit(find_sites(model)), full_circuit(find_sites(model))):
+        bars.clear()
+        getattr(module, name)(circuit, model, task, most=2, **options)
+        assert bars[0].n == bars[0].total or name == "controls" and circuit == full_circuit(circuit.sites)  # with nothing to open
 
 
 # --- hypotheses
