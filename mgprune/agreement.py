@@ -24,7 +24,7 @@ from .passes import Recording, circuit_logits, record
 from .streams import Examples, Pairs, logits_of, prepare, prepare_for, task_of
 from .tasks import Task
 from .tree import SiteMasks
-from .worth import Confidence, worth_of
+from .worth import WIDEST, Confidence, slots_of, worth_of
 
 # %% ../nbs/37_agreement.ipynb #ff4726e5
 Loss = Callable[[torch.Tensor, Examples], torch.Tensor]
@@ -142,12 +142,13 @@ def under_ablations(
     task: Pairs,           # Task, or its name; its test pairs are taken. Or a list of pairs, a Batch, or Examples from prepare
     ablations: tuple[Any, ...] | list[Any] = (*ABLATIONS, "optimal"),  # names in ABLATIONS, "optimal", or functions
     reference: Pairs | None = None,   # pairs that means, other pairs' prompts and fitted constants are taken from; None: a Task's
+    clusters: str | None = WIDEST,    # grouping whose pairs count as drawn together, as in worth
     confidence: Confidence = .95,     # of the intervals
     draws: Count = 2000,              # resamples for the intervals of faithfulness
     seed: Seed = 0,                   # of the resamples, and of what is fitted
 ) -> pd.DataFrame:
     "Divergence and faithfulness under each ablation, with intervals, and with which others it agrees; attrs['agree']: all do"
-    rows: list[dict[str, Any]] = []
+    rows, task = list[dict[str, Any]](), task_of(model, task)
     for asked in ablations:
         try:
             ablation = optimal(circuit, model, to_fit_on(model, task, reference), seed=seed) if asked == "optimal" else asked
@@ -156,7 +157,7 @@ def under_ablations(
             rows.append(dict(ablation=str(asked), not_measured=str(error)))
             continue
         logits = logits_of(circuit, examples)
-        found = worth_of(logits, examples, tokenizer_of(model), confidence=confidence, draws=draws, seed=seed)
+        found = worth_of(logits, examples, tokenizer_of(model), (), clusters, confidence, draws, seed, slots_of(task))
         row: dict[str, Any] = dict(ablation=found.ablation)
         for measure in ("faithfulness", "kl"):
             row |= {measure + end: found.row(measure)[k] for end, k in (("", "value"), ("_low", "low"), ("_high", "high"))}

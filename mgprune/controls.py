@@ -6,6 +6,7 @@
 __all__ = ['controls']
 
 # %% ../nbs/41_controls.ipynb #dc30f218
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from tqdm.auto import tqdm
 
 from .arguments import Count, InputError, Seed, Share, checked
 from .circuit import Circuit, CircuitFirst, from_kept
@@ -112,6 +114,7 @@ def reopened(
     shares: Any,          # of the neurons outside
     draws: int,           # random choices for each share
     rng: Any,             # numpy's
+    note: Callable[[], Any] = lambda: None,  # is called after every choice
 ) -> pd.DataFrame:
     "How the divergence moves when neurons outside are opened, by chance and by an adversary"
     outside, before, rows = closed_neurons(circuit), divergences(circuit, examples), []
@@ -121,8 +124,10 @@ def reopened(
             neurons = flat(circuit)
             neurons[outside[torch.from_numpy(rng.permutation(len(outside))[:n])]] = True
             each.append(divergences(as_circuit(neurons, circuit), examples))
+            note()
         rows.append(rise("by chance", share, np.mean(each, 0), before))
         rows.append(rise("by an adversary", share, divergences(attacked(circuit, train, n), examples), before))
+        note()
     return pd.DataFrame(rows, columns=["chosen", "share", "kl", "rise", "low", "high", "rises"])
 
 # %% ../nbs/41_controls.ipynb #ce83e058
@@ -186,10 +191,10 @@ def controls(
     ablation: Any = None,  # what ablated nodes hold; None: as the circuit was found
     most: Count = 128,     # pairs to measure on
     seed: Seed = 0,        # of all draws
+    progress: bool = True, # show a progress bar
 ) -> Controls:
     "Divergence with nodes opened again by chance and by an adversary, of random circuits, on another task and in another model"
-    rng, skipped = np.random.default_rng(seed), {}
-    task = task_of(model, task)
+    rng, skipped, task = np.random.default_rng(seed), {}, task_of(model, task)
     examples = prepare(model, prepare_for(circuit, model, task, ablation), most=most)
     output = "mlp_output" in circuit.kept
     train = prepare(model, task, "train", examples.ablation, most=most, output=output) if isinstance(task, Task) else examples
@@ -205,7 +210,12 @@ def controls(
         pairs = task if isinstance(task, Task) else examples.batch
         there = prepare(shuffled(model, seed), pairs, "test", examples.ablation, examples.reference, most, output)
         return control("shuffled weights", divergences(circuit, there), there)
-    for name, make in {"random circuits": drawn, "another task": elsewhere, "shuffled weights": unlearnt}.items():
-        try: rows.append(make())
-        except InputError as error: skipped[name] = str(error)
-    return Controls(reopened(circuit, examples, train, shares, draws, rng), pd.DataFrame(rows), skipped)
+    others = {"random circuits": drawn, "another task": elsewhere, "shuffled weights": unlearnt}
+    total = len(others) + len(shares) * (draws + 1)
+    with tqdm(total=total, disable=None if progress else True, desc="controls", leave=False) as bar:
+        for name, make in others.items():
+            try: rows.append(make())
+            except InputError as error: skipped[name] = str(error)
+            bar.update()
+        again = reopened(circuit, examples, train, shares, draws, rng, bar.update)
+    return Controls(again, pd.DataFrame(rows), skipped)

@@ -21,7 +21,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 from safetensors.torch import load as load_arrays, save as save_arrays
 
 from .applied import counted_as_applied, recorded_prompts
-from .arguments import Count, InputError, expect, printable, shown
+from .arguments import Count, InputError, checked, expect, printable, shown
 from .circuit import (Circuit, Provenance, as_text, check_consistent, check_model, check_provenance, check_same_shape,
                              intersection, json_path, provenance_of, readable, sites_of, tensors_of, union)
 from .edge_pass import Streams, logits_with, prepare_edges, wired, wires_of
@@ -48,7 +48,8 @@ class Graph:
     provenance: Provenance = field(default_factory=Provenance)  # or a dictionary of plain values, which becomes one
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kept", closed_edges(self.wiring, checked_edges(self)))
+        kept = checked_edges(self)
+        object.__setattr__(self, "kept", closed_edges(self.wiring, kept))
         object.__setattr__(self, "provenance", provenance_of(self.provenance))
 
     @cached_property
@@ -98,12 +99,14 @@ class Graph:
         "Names of the readers with an edge"
         return [name for name, there in zip(self.wiring.readers, self.kept.any(1).tolist()) if there]
 
+    @checked
     def paths(self,
         n: Count = 10,  # most of them
     ) -> list[tuple[float, tuple[str, ...]]]:
         "The strongest ways from the embedding to the logits as (strength, readers on the way): as strong as their weakest edge"
         return strongest(self, n)
 
+    @checked
     def evaluate(self,
         model: Model,  # that it belongs to
         task: Pairs,   # Task, or its name; its test pairs are taken. Or a list of pairs, a Batch, or Examples
@@ -112,6 +115,7 @@ class Graph:
         examples = prepare_edges(self.circuit, model, task, closed=True)
         with torch.no_grad(): return measures(logits_with(self.wires(model), examples, self.kept.float()), examples)
 
+    @checked
     def wires(self,
         model: Model,  # that it belongs to, whose edges were measured
     ) -> Any:
@@ -120,6 +124,7 @@ class Graph:
         writers[0] = True
         return wires_of(host_of(model), self.circuit.masks(), writers)
 
+    @checked
     def applied(self,
         model: Model,  # that it belongs to
         pairs: Pairs,  # its clean prompts may be run; of a Task its test pairs are taken
@@ -153,6 +158,7 @@ class Graph:
         "The graph as EAP-IG and the Mechanistic Interpretability Benchmark write it: plain values for a JSON file"
         return as_mib(self)
 
+    @checked
     def plot(self,
         most: Count = 200,  # edges to draw, the strongest
     ) -> Figure:

@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import binom, pearsonr
+from tqdm.auto import tqdm
 
-from .arguments import Count, InputError, Must, Seed, checked
+from .arguments import Count, Must, Seed, checked
 from .circuit import Circuit, CircuitFirst, from_kept, full_circuit
 from .models import Model
 from .necessity import Measured, Node, complement, named, nodes_of, without
@@ -86,30 +87,35 @@ def p_independent(
 # %% ../nbs/40_hypotheses.ipynb #8269380c
 def shuffled_row(
     kept: torch.Tensor,  # [nodes] boolean
-    there: torch.Tensor, # [nodes] which of them the layer has
     rng: Any,            # numpy's
 ) -> torch.Tensor:
     "As many nodes, by chance"
-    places = there.nonzero().flatten()
-    result = torch.zeros_like(kept)
-    result[places[torch.from_numpy(rng.permutation(len(places)))[:int(kept.sum())]]] = True
+    return kept[torch.from_numpy(rng.permutation(len(kept)))]
+
+def shuffled_mlp(
+    kept: torch.Tensor,    # [MLP width] boolean
+    expert: torch.Tensor,  # [MLP width] of each neuron; -1 where there is none
+    routed: int,           # experts that tokens are sent to; one that all visit is numbered after them, as is a plain MLP
+    rng: Any,              # numpy's
+) -> torch.Tensor:
+    "As many experts, with as many neurons each, by chance"
+    result, places = torch.zeros_like(kept), [(expert == e).nonzero().flatten() for e in range(routed + 1)]
+    there = [e for e in range(routed) if len(places[e])]
+    source = dict(zip(there, rng.permutation(there).tolist())) | {routed: routed}
+    for e, other in source.items(): result[places[e]] = shuffled_row(kept[places[other]], rng)
     return result
 
 def matched(
-    circuit: Circuit,  # without experts
+    circuit: Circuit,  # any
     rng: Any,          # numpy's
 ) -> Circuit:
     "A random circuit with as many nodes of each level in each layer"
     sites, kept = circuit.sites, circuit.kept
-    if sites.experts: raise InputError("random circuits of the same size are not drawn for models with experts yet")
     heads = torch.stack([layer[torch.from_numpy(rng.permutation(len(layer)))] for layer in kept["attention_neuron"]])
-    within = torch.ones(sites.head_width, dtype=torch.bool)
-    found = {"attention_neuron": torch.stack([torch.stack([shuffled_row(h, within, rng) for h in layer]) for layer in heads])}
-    there = expert_of(sites) >= 0
-    found["mlp_neuron"] = torch.stack([shuffled_row(row, t, rng) for row, t in zip(kept["mlp_neuron"], there)])
-    if "mlp_output" in kept:
-        whole = torch.ones(sites.width, dtype=torch.bool)
-        found["mlp_output"] = torch.stack([shuffled_row(row, whole, rng) for row in kept["mlp_output"]])
+    found = {"attention_neuron": torch.stack([torch.stack([shuffled_row(h, rng) for h in layer]) for layer in heads])}
+    rows = zip(kept["mlp_neuron"], expert_of(sites))
+    found["mlp_neuron"] = torch.stack([shuffled_mlp(row, expert, sites.n_routed, rng) for row, expert in rows])
+    if "mlp_output" in kept: found["mlp_output"] = torch.stack([shuffled_row(row, rng) for row in kept["mlp_output"]])
     return from_kept(found, sites)
 
 # %% ../nbs/40_hypotheses.ipynb #f08332a4
@@ -141,21 +147,22 @@ def equivalence(
                 statistic=f"{k} of {n} above", value=k / n if n else .5, low=low, high=high, p=p, rejected=p < alpha, said=said)
 
 def independence(
-    x: np.ndarray,  # [pairs] logit difference of the complement
+    x: np.ndarray,  # [pairs] logit difference that the complement adds to the empty circuit's
     m: np.ndarray,  # [pairs] of the model
     draws: int,     # shuffles
     seed: int,      # of these
     alpha: float,   # of the test
 ) -> dict[str, Any]:
-    "Whether the complement's answers say anything of the model's"
-    value, p = p_independent(x, m, draws, seed)
-    flat = np.ptp(x) < 1e-6 or np.ptp(m) < 1e-6 or len(x) < 4
+    "Whether what the complement adds says anything of the model's answers"
+    flat = len(x) < 4 or min(np.ptp(x), np.ptp(m)) < 1e-4  # what is left is rounding
+    value, p = (0., 1.) if flat else p_independent(x, m, draws, seed)
     r = None if flat else pearsonr(x, m)
     low, high = (0., 0.) if r is None else r.confidence_interval(1 - alpha)
     said = "refuted: the rest of the model knows of the answer" if p < alpha else "no dependence seen, which does not rule it out"
     return dict(question="independence", null="complement and model are independent",
-                statistic=f"HSIC {value:.2g}, value is the correlation", value=0. if r is None else float(r.statistic),
-                low=float(low), high=float(high), p=p, rejected=p < alpha, said=said)
+                statistic=f"what is added varies by {np.std(x):.2g} logits, HSIC {value:.2g}, value is the correlation",
+                value=0. if r is None else float(r.statistic), low=float(low), high=float(high), p=p,
+                rejected=p < alpha, said=said)
 
 # %% ../nbs/40_hypotheses.ipynb #15cd649d
 def comparison(
@@ -189,12 +196,16 @@ def minimal_nodes(
         return from_kept({l: k for l, k in kept.items() if l in ("attention_neuron", "mlp_neuron", "mlp_output")}, circuit.sites)
     columns = ["node", "effect", "beaten", "of", "p", "controlled_p"]
     if not outside or not inside: return pd.DataFrame(columns=columns)
-    chance = np.array([abs(measured.mean(opened(node)) - at) for node in outside])
-    drawn = chance[rng.integers(len(chance), size=draws)]
+    chance = []
+    for node in outside:
+        chance.append(abs(measured.mean(opened(node)) - at))
+        measured.note()
+    drawn = np.array(chance)[rng.integers(len(chance), size=draws)]
     rows: list[dict[str, Any]] = []
     for node in inside:
         effect = abs(at - measured.mean(without(circuit, [node])))
         wins = int((effect > drawn).sum())
+        measured.note()
         rows.append(dict(node=named([node]), effect=effect, beaten=wins, of=draws, p=p_at_most(wins, draws, q)))
     return pd.DataFrame(rows).assign(controlled_p=holm([float(row["p"]) for row in rows]))[columns]
 
@@ -214,6 +225,14 @@ def minimality(
     return dict(question="minimality", null=null, statistic=f"{n - k} of {n} nodes not refuted", value=1 - k / n, low=low,
                 high=high, p=p, rejected=k > 0, said=said)
 
+# %% ../nbs/40_hypotheses.ipynb #6a41b523
+def n_compared(
+    circuit: Circuit,  # that is tested
+) -> int:
+    "Nodes that the test of minimality measures, one by one"
+    inside, whole = len(nodes_of(circuit)), len(nodes_of(full_circuit(circuit.sites)))
+    return whole if 0 < inside < whole else 0
+
 # %% ../nbs/40_hypotheses.ipynb #9ab52378
 @checked
 def hypotheses(
@@ -228,17 +247,22 @@ def hypotheses(
     ablation: Any = None,      # what ablated nodes hold; None: as the circuit was found
     most: Count = 256,         # pairs to measure on
     seed: Seed = 0,            # of all draws
+    progress: bool = True,     # show a progress bar
 ) -> Hypotheses:
     "Tests of equivalence, independence, sufficiency, partial necessity and minimality, with what each does not show"
     examples, rng = prepare(model, prepare_for(circuit, model, task, ablation), most=most), np.random.default_rng(seed)
-    measured = Measured(examples)
-    c, m, x = (measured(of)[0] for of in (circuit, full_circuit(circuit.sites), complement(circuit)))
-    def apart(of: Circuit) -> float: return abs(measured.mean(of) - float(m.mean()))
-    others = [matched(circuit, rng) for _ in range(draws)]
-    sufficient = np.array([apart(circuit) < apart(other) for other in others])
-    needed = np.array([apart(complement(circuit)) > apart(complement(other)) for other in others])
-    nodes = minimal_nodes(measured, circuit, q, draws, rng)
-    rows = [equivalence(c, m, eps, alpha), independence(x, m, shuffles, seed, alpha),
+    with tqdm(total=draws + n_compared(circuit), disable=None if progress else True, desc="hypotheses", leave=False) as bar:
+        measured, whole = Measured(examples, note=bar.update), full_circuit(circuit.sites)
+        c, m, x, e = (measured(of)[0] for of in (circuit, whole, complement(circuit), complement(whole)))
+        def apart(of: Circuit) -> float: return abs(measured.mean(of) - float(m.mean()))
+        wins = []
+        for other in (matched(circuit, rng) for _ in range(draws)):
+            needed = apart(complement(circuit)) > apart(complement(other))
+            wins.append((apart(circuit) < apart(other), needed))
+            bar.update()
+        nodes = minimal_nodes(measured, circuit, q, draws, rng)
+    sufficient, needed = np.array(wins).T
+    rows = [equivalence(c, m, eps, alpha), independence(x - e, m, shuffles, seed, alpha),
             comparison("sufficiency", sufficient, q, alpha), comparison("partial necessity", needed, q, alpha),
             minimality(nodes, q, alpha)]
     return Hypotheses(pd.DataFrame(rows), nodes)

@@ -6,12 +6,13 @@
 __all__ = ['necessity']
 
 # %% ../nbs/39_necessity.ipynb #aa2e5679
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 
 from .arguments import Count, InputError, Must, Seed, checked, shown
 from .circuit import Circuit, CircuitFirst, from_kept, full_circuit
@@ -56,6 +57,7 @@ class Measured:
     "Circuits measured on pairs, each once"
     examples: Examples               # the pairs
     known: dict[Any, tuple[np.ndarray, float]] = field(default_factory=dict)  # kept neurons -> logit difference of each pair, KL
+    note: Callable[[], Any] = lambda: None  # is called after each thing that is counted in a progress bar
 
     def __call__(self,
         circuit: Circuit,  # on the model of the examples
@@ -74,6 +76,7 @@ class Measured:
         "Mean logit difference"
         return float(self(circuit)[0].mean())
 
+# %% ../nbs/39_necessity.ipynb #73f23240
 def named(
     nodes: Iterable[Node],  # heads and MLPs
 ) -> str:
@@ -88,6 +91,7 @@ def gap_row(
 ) -> dict[str, Any]:
     "How far circuit and model are apart without the set"
     c, m = (measured.mean(without(of, nodes)) for of in (circuit, full_circuit(circuit.sites)))
+    measured.note()
     return dict(kind=kind, size=len(nodes), circuit=c, model=m, gap=abs(c - m), nodes=named(nodes))
 
 # %% ../nbs/39_necessity.ipynb #80a88ff1
@@ -125,6 +129,7 @@ def additions(
                 for name, out in beside.items()}
         most = max(adds, key=lambda name: abs(adds[name]))
         kl = measured(without(circuit, [node]))[1] - measured(circuit)[1]
+        measured.note()
         rows.append(dict(node=named([node]), adds=adds["nothing"], costs_kl=kl, most=adds[most], without=most))
     return pd.DataFrame(rows, columns=["node", "adds", "costs_kl", "most", "without"])
 
@@ -186,24 +191,27 @@ def necessity(
     most: Count = 256,         # pairs to measure on
     confidence: Confidence = .95,  # of the interval
     seed: Seed = 0,                # of the sets by chance, and of resamples
+    progress: bool = True,         # show a progress bar
 ) -> Necessity:
     "Faithfulness of the complement, the largest gap between circuit and model without a set of nodes, and what each node adds"
     examples, rng = prepare(model, prepare_for(circuit, model, task, ablation), most=most), np.random.default_rng(seed)
-    measured, whole, nodes = Measured(examples), full_circuit(circuit.sites), nodes_of(circuit, among)
+    whole, nodes = full_circuit(circuit.sites), nodes_of(circuit, among)
     grouped = by_layer(nodes) if classes is None else check_classes(classes, nodes)
-    rows = [gap_row(measured, circuit, "nothing", [])]
-    rows += [gap_row(measured, circuit, f"class: {name}", of) for name, of in grouped.items()]
-    for _ in range(draws if nodes else 0):
-        chosen = [n for n in nodes if rng.random() < .5]
-        rows.append(gap_row(measured, circuit, "random", chosen))
-    rows += grown(measured, circuit, nodes, steps, tries, rng)
-    e = measured(complement_of_all(circuit, among))[0]
-    c, m = measured(complement(circuit, among))[0], measured(whole)[0]
+    greedy = sum(min(tries, len(nodes) - i) for i in range(min(steps, len(nodes))))
+    total = 1 + len(grouped) + bool(nodes) * draws + greedy + len(nodes)
+    with tqdm(total=total, disable=None if progress else True, desc="necessity", leave=False) as bar:
+        measured = Measured(examples, note=bar.update)
+        rows = [gap_row(measured, circuit, "nothing", [])]
+        rows += [gap_row(measured, circuit, f"class: {name}", of) for name, of in grouped.items()]
+        chosen = [[n for n in nodes if rng.random() < .5] for _ in range(draws if nodes else 0)]
+        rows += [gap_row(measured, circuit, "random", some) for some in chosen]
+        table = pd.DataFrame(rows + grown(measured, circuit, nodes, steps, tries, rng))
+        each = additions(measured, circuit, nodes, grouped)
+    c, e, m = (measured(of)[0] for of in (complement(circuit, among), complement_of_all(circuit, among), whole))
     below = float((m - e).mean())
     value = float((c - e).mean()) / below if below else float("nan")
-    table = pd.DataFrame(rows)
-    return Necessity(among, value, ratio_interval(c - e, m - e, None, confidence, 2000, seed), table, float(table["gap"].max()),
-                     additions(measured, circuit, nodes, grouped))
+    interval = ratio_interval(c - e, m - e, None, confidence, 2000, seed)
+    return Necessity(among, value, interval, table, float(table["gap"].max()), each)
 
 # %% ../nbs/39_necessity.ipynb #b09f1738
 def complement_of_all(

@@ -100,7 +100,7 @@ class Recipe:
     group_start: Finite = 6.      # score of blocks, heads and MLPs at the start, where neurons have 0
     group_price: NotNegative = 0.35  # of an open head or MLP, in heads' worth of neurons
     averaging: Share = 0.05       # weight of the last step in the running average of the scores that ranks the nodes
-    confidence: Inside | None = 0.95  # that a divergence holds on other pairs than those it is held on; None: not asked for
+    confidence: Inside | None = 0.95  # that a divergence holds on other pairs, and other words where held out; None: not asked
     trim: bool = True             # close what the divergence asked for does not need, and measure what the rest is needed for
     every: Count = 10             # steps between two updates of the progress bar
 

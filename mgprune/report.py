@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import pandas as pd
 from matplotlib.axes import Axes
+from tqdm.auto import tqdm
 
 from .ablations import ABLATIONS
 from .agreement import under_ablations
@@ -27,7 +28,7 @@ from .models import Model, tokenizer_of
 from .necessity import Necessity, necessity
 from .plots import Picture, as_png, literal
 from .streams import Pairs, logits_of, prepare_for, task_of
-from .worth import By, Confidence, Worth, slots_of, worth_of
+from .worth import WIDEST, By, Confidence, Worth, slots_of, worth_of
 
 # %% ../nbs/42_report.ipynb #f7d5f98d
 def beside(
@@ -263,9 +264,10 @@ def opening(
 ) -> list[str]:
     "The sentences of the first screen"
     f, (low, high) = report.worth.row("faithfulness"), report.necessity.interval
+    drawn = f" in groups by {report.worth.clusters}" if report.worth.clusters else ""
     under = [f"under {a}: {v}" for a, v in zip(report.ablations["ablation"], report.ablations["verdict"])]
     return [f"Faithfulness {f['value']:.3f}, {report.worth.confidence:.0%} interval {f['low']:.3f} to {f['high']:.3f}, on "
-            f"{f['pairs']} pairs, closed nodes as under {report.worth.ablation}",
+            f"{f['pairs']} pairs{drawn}, closed nodes as under {report.worth.ablation}",
             f"Faithfulness of the complement {report.necessity.faithfulness:.3f}, {low:.3f} to {high:.3f}", *under]
 
 def worst_of(
@@ -358,6 +360,18 @@ def written(
     if path.suffix not in WRITERS: raise InputError(f"{path.name!r} has none of the endings {', '.join(WRITERS)}")
     return write_file(path, WRITERS[path.suffix](report))
 
+# %% ../nbs/42_report.ipynb #587a0dc9
+def with_verdicts(
+    table: pd.DataFrame,  # from under_ablations
+    bound: float,         # faithfulness that is asked for
+) -> pd.DataFrame:
+    "The table with a verdict on faithfulness under each ablation"
+    ends = table.reindex(columns=["faithfulness_low", "faithfulness_high"]).itertuples(index=False)
+    found = table.copy()
+    found.insert(1, "verdict", [faithful(low, high, bound) for low, high in ends])
+    found.attrs["agree"] = table.attrs["agree"]
+    return found
+
 # %% ../nbs/42_report.ipynb #52d60e40
 @checked
 def report(
@@ -365,7 +379,7 @@ def report(
     model: Model,          # the model that it belongs to
     task: Pairs,           # Task, or its name; its test pairs are taken. Or a list of pairs, a Batch, or Examples from prepare
     by: By = (),           # groups of pairs to tell apart, as in worth
-    clusters: str | None = None,  # grouping whose pairs count as drawn together
+    clusters: str | None = WIDEST,  # grouping whose pairs count as drawn together, as in worth
     ablation: Any = None,         # what ablated nodes hold; None: as the circuit was found
     ablations: tuple[Any, ...] | list[Any] = (*ABLATIONS, "optimal"),  # all that the verdict is given under
     other: Pairs | None = None,   # another task, as a control; None: a built-in one
@@ -374,21 +388,25 @@ def report(
     draws: Count = 100,           # random circuits and nodes of the tests, and a fifth as many sets and controls
     most: Count = 128,            # pairs for what asks for many circuits; measures are of all pairs
     seed: Seed = 0,               # of all draws
+    progress: bool = True,        # show progress bars
 ) -> Report:
     "Everything that is measured of a circuit, with a verdict on each question and what was not shown"
     task, few = task_of(model, task), max(1, draws // 5)
-    examples = prepare_for(circuit, model, task, ablation)
-    found = worth_of(logits_of(circuit, examples), examples, tokenizer_of(model), by, clusters, confidence, seed=seed,
-                     slots=slots_of(task))
-    table = under_ablations(circuit, model, task, ablations, confidence=confidence, seed=seed)
-    measured = table.reindex(columns=["faithfulness_low", "faithfulness_high"]).itertuples(index=False)
-    agree = table.attrs["agree"]
-    table.insert(1, "verdict", [faithful(low, high, bound) for low, high in measured])
-    table.attrs["agree"] = agree
-    without = necessity(circuit, model, examples, draws=few, most=most, confidence=confidence, seed=seed)
-    tests = hypotheses(circuit, model, examples, draws=draws, alpha=1 - confidence, most=most, seed=seed)
-    against = controls(circuit, model, task, other, draws=max(1, few // 4), ablation=examples.ablation, most=most, seed=seed)
-    curve = mib_curve(circuit.scores, model, examples, "neuron") if circuit.scores else None
+    examples, shared = prepare_for(circuit, model, task, ablation), dict(most=most, seed=seed, progress=progress)
+    with tqdm(total=6, disable=None if progress else True, desc="report") as bar:
+        def part(name: str, result: Any) -> Any:
+            bar.set_postfix_str(f"{name} measured")
+            bar.update()
+            return result
+        found = part("worth", worth_of(logits_of(circuit, examples), examples, tokenizer_of(model), by, clusters, confidence,
+                                       seed=seed, slots=slots_of(task)))
+        table = part("ablations", with_verdicts(
+            under_ablations(circuit, model, task, ablations, None, clusters, confidence, seed=seed), bound))
+        without = part("necessity", necessity(circuit, model, examples, draws=few, confidence=confidence, **shared))
+        tests = part("hypotheses", hypotheses(circuit, model, examples, draws=draws, alpha=1 - confidence, **shared))
+        against = part("controls", controls(circuit, model, task, other, draws=max(1, few // 4), ablation=examples.ablation,
+                                            **shared))
+        curve = part("ranking", mib_curve(circuit.scores, model, examples, "neuron") if circuit.scores else None)
     rows = [*on_faithfulness(found, table, bound), *on_necessity(without), *on_hypotheses(tests), *on_controls(against)]
     name = circuit.provenance.get("model") or type(model).__name__
     title = f"Circuit of {name} for {getattr(task, 'name', None) or circuit.provenance.get('task') or 'these pairs'}"

@@ -210,6 +210,26 @@ class Worth:
         whole = self.table[self.table["group"] == "all"].drop(columns=["by", "group"])
         return whole.to_string(index=False, float_format="{:.4g}".format, na_rep="")
 
+# %% ../nbs/36_worth.ipynb #78e758b4
+WIDEST = "widest"  # said in place of a grouping
+LEAST_GROUPS = 6   # of a grouping that may be taken where none is named
+
+def numbered(
+    labels: Sequence[Any],  # of the pairs
+) -> np.ndarray:
+    "The labels as numbers from 0, [pairs]"
+    return np.unique([repr(v) for v in labels], return_inverse=True)[1]
+
+def widest(
+    values: np.ndarray,                   # [pairs]
+    grouped: Mapping[str, Sequence[Any]], # name -> labels
+) -> str | None:
+    "The grouping by which the mean is least sure; None where it is so with each pair by itself"
+    numbers = {name: numbered(of) for name, of in grouped.items()}
+    fitting = {name: n for name, n in numbers.items() if LEAST_GROUPS <= n.max() + 1 < len(values)}
+    errors: dict[str | None, float] = {None: standard_error(values)} | {k: standard_error(values, n) for k, n in fitting.items()}
+    return max(errors, key=lambda name: errors[name])
+
 # %% ../nbs/36_worth.ipynb #9a1acea4
 Confidence = Annotated[float, Must(lambda v: 0 < v < 1, "between 0 and 1")]
 
@@ -218,7 +238,7 @@ def worth_of(
     examples: Examples,    # that they belong to
     tokenizer: Any,        # that reads them
     by: Any = (),          # what to group by
-    clusters: str | None = None,  # grouping whose pairs are drawn together
+    clusters: str | None = None,  # grouping whose pairs are drawn together; WIDEST: by which the divergence is least sure
     confidence: float = .95,      # of the intervals
     draws: int = 2000,            # resamples
     seed: int = 0,                # of the draws
@@ -226,12 +246,14 @@ def worth_of(
 ) -> Worth:
     "What these answers are worth"
     grouped, known = labels(by, examples, tokenizer, slots), dict.fromkeys([*GROUPS, *slots])
-    if clusters not in (None, *grouped): grouped |= labels((clusters,), examples, tokenizer, slots) if clusters in known else {}
-    if clusters not in (None, *grouped): raise InputError(
-        f"clusters={clusters!r}: expected one of {', '.join(dict.fromkeys([*grouped, *known]))}")
-    numbers = None if clusters is None else np.unique([repr(v) for v in grouped[clusters]], return_inverse=True)[1]
-    answers = labels(("answer",), examples, tokenizer)["answer"]
-    pairs = pd.DataFrame(dict(prompt=clean_prompts(examples.batch, tokenizer), answer=answers) | each_pair_of(logits, examples))
+    given = labels(("template", "answer", *slots), examples, tokenizer, slots)
+    pairs = pd.DataFrame(dict(prompt=clean_prompts(examples.batch, tokenizer), answer=given["answer"])
+                         | each_pair_of(logits, examples))
+    if clusters == WIDEST: clusters = widest(pairs["kl"].to_numpy(), given)
+    every = labels(("length",), examples, tokenizer) | given | grouped
+    if clusters not in (None, *every): raise InputError(
+        f"clusters={clusters!r}: expected one of {', '.join(dict.fromkeys([*grouped, *known]))}, {WIDEST!r} or None")
+    numbers = None if clusters is None else numbered(every[clusters])
     right = pairs["full_accuracy"].to_numpy()
     parts = [("", "all", np.ones_like(right)), ("model", "model right", right), ("model", "model wrong", ~right)]
     for name, values in grouped.items():
@@ -252,7 +274,8 @@ def worth(
     task: Pairs,           # Task, or its name; its test pairs are taken. Or a list of pairs, a Batch, or Examples from prepare
     by: By = (),           # groups to tell apart: "template", "answer", "length", and slots of the templates
                                       # such as "giver"; or labels, or functions of a prompt, by name
-    clusters: str | None = None,      # grouping whose pairs count as drawn together; None: each pair by itself
+    clusters: str | None = WIDEST,    # grouping whose pairs count as drawn together; "widest": by which the mean
+                                      # divergence is least sure; None: each pair by itself
     ablation: Any = None,             # what ablated nodes hold; None: as the circuit was found
     reference: Pairs | None = None,   # pairs that means and other pairs' prompts are taken from; None: a Task's training pairs
     confidence: Confidence = .95,     # of the intervals

@@ -3,6 +3,7 @@ import importlib
 import inspect
 import math
 import random
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -23,13 +24,14 @@ from mgprune.streams import Batch, prepare
 
 MODULES = ("attribution", "circuit", "corruption", "evaluation", "export", "files", "models", "pairs", "planning", "plots", "reading",
            "streams", "tasks", "training", "widgets", "words")
+MEASURES = ("worth", "agreement", "curves", "necessity", "hypotheses", "controls", "report", "prompts", "trimming", "edge_search")
 HUB = {"push_to_hub", "from_hub"}          # would ask the network
 
 
-def public():
+def public(modules=MODULES):
     "Name -> function, for every function of a module that checks its arguments, whether or not the module lists it"
     found = {}
-    for module in map(importlib.import_module, (f"mgprune.{name}" for name in MODULES)):
+    for module in map(importlib.import_module, (f"mgprune.{name}" for name in modules)):
         for name, f in vars(module).items():
             if name.startswith("_"): continue
             if getattr(f, "__module__", None) == module.__name__ and getattr(f, "checks_arguments", False):
@@ -74,6 +76,13 @@ def arguments(name, f, valid, tmp_path):
     return {k: valid[k] for k in needed if k in valid and k not in special} | special
 
 
+QUICK = {  # of the measures, so that one that takes its arguments takes no time
+    "agreement.optimal": dict(steps=1), "agreement.under_ablations": dict(ablations=("zero",), draws=5), "controls.controls": dict(draws=1, shares=(.5,), most=2),
+    "curves.mib_curve": dict(draws=5, fractions=(.5,)), "curves.read_scores": dict(source=[(0, 0)]), "edge_search.edges": dict(recipe=None, kl=5.), "hypotheses.hypotheses": dict(draws=1, shuffles=3, most=2),
+    "necessity.necessity": dict(draws=1, steps=1, tries=1, most=2), "prompts.by_prompt": dict(most=2, steps=1), "report.report": dict(draws=1, most=2, ablations=("zero",)),
+    "trimming.trimmed": dict(kl=5.), "worth.worth": dict(draws=5)}
+
+
 def someone(pool, rng): return tasks.Drawn(dict(name=rng.choice(pool["names"])), " Anna")
 
 
@@ -83,17 +92,18 @@ SLOTS = dict(
     swap_listed=dict(right="cat", other="dog", listed0="cat", listed1="dog"), unrelated_words=dict(listed0="cat"))
 WRONG = [None, True, -1, 0, 10 ** 400, math.nan, math.inf, -2.5, 3.7, "", "nonsense", "\0", "\ud800", b"bytes", [], {}, (), (1,), ["head", "head"], {"head": 1},
          {"x": torch.ones(2)}, {"head": torch.ones(2, 2)}, object(), torch.zeros(2), len, int, Path("/no/such/place"), Sigmoid, HardConcrete(), Goal(kl=1), range(3)]
-OWN = {("files.write_folder", "fill"), ("tasks.templated", "draw"), ("tasks.templated", "corruption")}  # a function of the caller's, whose errors are the caller's
+OWN = {("agreement.optimal", "loss"), ("files.write_folder", "fill"), ("tasks.templated", "draw"), ("tasks.templated", "corruption")}  # a function of the caller's, whose errors are the caller's
+ADVICE = re.compile("expected|: |[Uu]se |[Gg]ive ")
 SLOW = {"attribution.patching"}  # closes every neuron: only what it refuses is tried
 
 
 def outcome(f, given):
-    "'result', 'refused', or the name of another error"
+    "'result', 'refused', or the name of another error; a refusal says what was expected or what to do"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             f(**given)
-    except InputError: return "refused"
+    except InputError as e: return "refused" if ADVICE.search(str(e)) else f"says too little: {e}"[:200]
     except Exception as e: return f"{type(e).__name__}: {e}"[:200]
     return "result"
 
@@ -115,6 +125,43 @@ def test_every_public_function_gives_a_result_or_says_what_is_wrong(valid, tmp_p
                 else: bad.append(f"{name}({parameter.name}={wrong!r:.40}): {said}")
     assert not bad, f"{len(bad)} of {sum(counts.values()) + len(bad)}\n" + "\n".join(bad)
     assert counts["refused"] > 1000
+
+
+def test_every_measure_says_what_is_wrong(valid, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused, bad, functions, draw = 0, [], public(MEASURES), random.Random(0)
+    model = load_model()  # that of the others has been looked into, and keeps the hooks that its library put there
+    small = {"model": model, "examples": prepare(model, valid["batch"]), "circuit": full_circuit(valid["sites"]), "task": valid["task"].test, "kl": 5., "progress": False}
+    assert {*functions} == {*QUICK}
+    for name, f in functions.items():
+        for parameter in inspect.signature(f).parameters:
+            if (name, parameter) in OWN: continue
+            for wrong in draw.sample(WRONG, 12):
+                given = {k: v for k, v in (valid | small).items() if k in inspect.signature(f).parameters} | QUICK[name]
+                said = outcome(f, given | {parameter: wrong})
+                if said == "result": break  # what it takes is tried once, for it takes time
+                if said == "refused": refused += 1
+                else: bad.append(f"{name}({parameter}={wrong!r:.40}): {said}")
+    assert not bad, f"{len(bad)}\n" + "\n".join(bad)
+    assert refused > 300
+
+
+def test_a_graph_says_what_is_wrong(valid):
+    model = load_model()
+    graph = mgprune.edges(valid["circuit"], model, valid["task"], kl=5., recipe=None)
+    draw, bad = random.Random(0), []
+    given = dict(model=model, task=valid["task"], pairs=valid["task"], n=2, most=5, other=graph)
+    for name in ("paths", "evaluate", "applied", "plot", "jaccard", "wires"):
+        f = getattr(graph, name)
+        for parameter in inspect.signature(f).parameters:
+            for wrong in draw.sample(WRONG, 10):
+                fitting = {k: v for k, v in given.items() if k in inspect.signature(f).parameters}
+                said = outcome(f, fitting | {parameter: wrong})
+                if said not in ("result", "refused"): bad.append(f"{name}({parameter}={wrong!r:.40}): {said}")
+    for make in (lambda wrong: mgprune.Graph(wrong, graph.circuit), lambda wrong: mgprune.Graph(graph.kept, wrong), lambda wrong: graph | wrong):
+        for wrong in draw.sample(WRONG, 10):
+            if (said := outcome(make, dict(wrong=wrong))) != "refused": bad.append(f"{wrong!r:.40}: {said}")
+    assert not bad, "\n".join(bad)
 
 
 @pytest.mark.parametrize("make", [Recipe, HardConcrete, Goal, tasks.Pair])

@@ -1,26 +1,31 @@
 "What a circuit is worth: the fast measures equal slow and obvious ones."
+import importlib
+import io
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from families import SPECIAL, TINY, pairs, randomise, tiny
 from mgprune import evaluate, prepare, tasks
 from mgprune.ablations import ABLATIONS, zero
 from mgprune.agreement import fitted, loss_with, under_ablations
-from mgprune.attribution import random_ranking
-from mgprune.circuit import from_kept, from_scores
+from mgprune.attribution import attribute, random_ranking
+from mgprune.circuit import from_kept, from_scores, full_circuit
 from mgprune.controls import controls
 from mgprune.curves import FRACTIONS, best_items, items, mib_curve, read_scores
 from mgprune.evaluation import bound, by_word
 from mgprune.hypotheses import gaussian, holm, hypotheses, matched, p_at_least, p_at_most, p_equivalent, p_independent
-from mgprune.models import frozen
+from mgprune.models import InputError, frozen
 from mgprune.necessity import complement, necessity, nodes_of, without
 from mgprune.objective import kl_divergence
 from mgprune.pairs import Batch
 from mgprune.passes import Recording
+from mgprune.prompts import beginnings, by_prompt, in_levels, own_scores, silhouette
 from mgprune.report import faithful, report
 from mgprune.sites import find_sites
 from mgprune.tree import SiteMasks, level_shapes
@@ -46,7 +51,7 @@ def some_circuit(sites, seed=0, share=.7):
 
 def test_worth_equals_a_loop_over_pairs(model, examples):
     circuit = some_circuit(examples.sites)
-    found = worth(circuit, model, examples, draws=200)
+    found = worth(circuit, model, examples, clusters=None, draws=200)
     numbers = []
     for i in range(len(examples)):
         one = examples[i]
@@ -236,6 +241,32 @@ def test_gaps_and_additions_equal_masks_by_hand(model, examples):
     assert np.allclose(found.minimality["adds"], adds, atol=1e-4) and without(circuit, nodes).n_neurons() == 0
 
 
+def test_intervals_go_by_the_grouping_that_is_least_sure(model):
+    task = tasks.greater_than(model, n=(48, 8, 96))
+    circuit = some_circuit(find_sites(model))
+    found = worth(circuit, model, task)
+    slots = {"template": None, "answer": None} | {name: None for name in task.test[0].slots}
+    errors = {None: worth(circuit, model, task, clusters=None, draws=2).row("kl")["error"]}
+    for name in slots:
+        values = [pair.answer[0] if name == "answer" else pair.slots[name] for pair in task.test]
+        if 6 <= len({*values}) < len(values): errors[name] = worth(circuit, model, task, clusters=name, draws=2).row("kl")["error"]
+    assert len(errors) > 3 and np.isclose(found.row("kl")["error"], max(errors.values())) and errors[found.clusters] == max(errors.values())
+
+
+# --- progress
+
+@pytest.mark.parametrize("name, options", [("necessity", dict(draws=3, steps=2, tries=3)), ("hypotheses", dict(draws=2, shuffles=9)), ("controls", dict(draws=2, shares=(.3, .6)))])
+def test_bars_come_to_their_end(model, task, monkeypatch, name, options):
+    module, bars = importlib.import_module(f"mgprune.{name}"), []
+    class Bar(module.tqdm):
+        def close(self): bars.append(self); super().close()
+    monkeypatch.setattr(module, "tqdm", lambda **given: Bar(**given | dict(disable=False, file=io.StringIO())))
+    for circuit in (some_circuit(find_sites(model)), full_circuit(find_sites(model))):
+        bars.clear()
+        getattr(module, name)(circuit, model, task, most=2, **options)
+        assert bars[0].n == bars[0].total or name == "controls" and circuit == full_circuit(circuit.sites)  # with nothing to open
+
+
 # --- hypotheses
 
 def chance(n, p): return [math.comb(n, k) * p ** k * (1 - p) ** (n - k) for k in range(n + 1)]
@@ -287,6 +318,22 @@ def test_random_circuits_are_compared_one_by_one(model, examples):
     for other in others: assert other.counts() == circuit.counts() and other != circuit
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "deepseek_v3"])
+def test_random_circuits_have_as_many_experts(kind):
+    sites, noise = find_sites(tiny(kind)), torch.Generator().manual_seed(0)
+    shapes = level_shapes(sites)
+    circuit = from_kept({level: torch.rand(shapes[level], generator=noise) < share for level, share in
+                         dict(head=.6, expert=.5, attention_neuron=.6, mlp_neuron=.4).items()}, sites)
+    sizes = [set(), set()]
+    for seed in range(8):
+        other = matched(circuit, np.random.default_rng(seed))
+        assert other.counts() == circuit.counts() and other != circuit
+        for level, kept in circuit.kept.items():
+            if kept.dim() > 1: assert torch.equal(kept.flatten(1).sum(-1), other.kept[level].flatten(1).sum(-1)), level
+        for found, c in zip(sizes, (circuit, other)): found.add(tuple(c.experts()))
+    assert len(sizes[0]) == 1 < len(sizes[1])
+
+
 # --- controls
 
 def test_controls_are_what_evaluate_says(model, task, examples):
@@ -327,6 +374,21 @@ def test_report_says_what_its_parts_say(tmp_path, model):
     assert all(row["not_shown"] for row in data["verdicts"])
 
 
+def test_report_on_a_mixture_of_experts(model):
+    config = AutoConfig.for_model("mixtral", **SPECIAL | TINY["mixtral"] | dict(vocab_size=len(model.tokenizer)))
+    torch.manual_seed(0)
+    mixture = randomise(AutoModelForCausalLM.from_config(config).eval())
+    mixture.tokenizer = model.tokenizer
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a random model is right on few pairs
+        task = tasks.ioi(mixture, n=(8, 4, 8))
+        circuit = from_scores(attribute(mixture, task, steps=1), find_sites(mixture), .002)
+        found = report(circuit, mixture, task, draws=2, most=4, ablations=("corrupt", "mean", "optimal"))
+    assert 0 < len(circuit.experts()) < 8 and not found.controls.not_measured
+    assert {*found.controls.others["control"]} >= {"random circuits", "another task", "shuffled weights"}
+    assert found.hypotheses.table["p"].notna().sum() >= 4 and np.isfinite(found.worth.row("kl")["value"]) and found.markdown()
+
+
 def test_a_verdict_needs_the_whole_interval():
     assert faithful(.9, 1, .9).startswith("faithful") and faithful(.85, .95, .9).startswith("not settled")
     assert faithful(.5, .8999, .9).startswith("not faithful") and "too few" in faithful(math.nan, math.nan, .9)
@@ -353,3 +415,38 @@ def test_pairs_of_a_task_know_which_words_are_theirs(model):
         assert batch.words.shape == (len(batch), slots) and batch[:7].words.shape == (7, slots)
     same = tasks.load(model, "ioi", hold_out="clean prompts").batch("valid")
     assert same.words is None
+# --- circuits of single prompts
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
+def test_a_prompt_needs_the_beginning_of_its_own_ranking(kind):
+    model = tiny(kind)
+    examples = prepare(model, pairs())
+    sites, scores = examples.sites, own_scores(examples, 5)
+    for i in range(len(examples)):
+        for level, s in attribute(model, examples[i], signed=True).items():
+            assert torch.allclose(in_levels(scores[i], sites)[level], s, atol=1e-5), level
+    kept = beginnings(examples, scores, "20%")
+    for i, some in enumerate(kept):
+        order, n = scores[i].argsort(descending=True, stable=True), int(some.sum())
+        assert some[order[:n]].all() and 0 < n <= len(order)
+        def kl_of(size):
+            first = torch.zeros_like(some)
+            first[order[:size]] = True
+            return evaluate(from_kept(in_levels(first, sites), sites), model, examples[i])
+        at, before = kl_of(n), kl_of(n - 1)
+        assert at["kl"] <= .2 * at["closed_kl"] < before["kl"] + 1e-6
+
+
+def test_kinds_are_what_their_prompts_need(model, task):
+    pronoun = tasks.gendered_pronoun(model, n=(8, 8, 8))
+    found = by_prompt(model, [*task.test[:8], *pronoun.test], kl=.2)
+    assert [*found.prompts["neurons"]] == [c.n_neurons() for c in found.each] and (found.prompts["kl"] <= .2).all()
+    kinds = found.prompts["kind"].to_numpy()
+    assert len({*kinds[:8]}) == len({*kinds[8:]}) == 1 and kinds[0] != kinds[8]
+    assert np.isclose(silhouette(found.distances, kinds), max(found.silhouettes.values()))
+    for row in found.kinds.itertuples():
+        own = [pair for pair, kind in zip([*task.test[:8], *pronoun.test], kinds) if kind == row.kind]
+        assert np.isclose(evaluate(found.circuits[row.kind], model, own)["kl"], row.kl, atol=1e-5) and row.kl <= .2
+    alone = by_prompt(model, task.test[:1])
+    assert len(alone.circuits) == 1 and not alone.silhouettes and alone.figure()
+    with pytest.raises(InputError, match="kinds=9: "): by_prompt(model, task.test[:2], kinds=9)
