@@ -39,7 +39,7 @@ def scrubbed(
     graph: Graph,  # any
     model: Model,  # that it belongs to
     task: Pairs,   # Task, or its name; its test pairs are taken. Or a list of pairs, a Batch, or Examples
-    reference: Pairs | None = None,  # pairs that other corrupt prompts are taken from; None: a Task's training pairs, or the pairs
+    reference: Pairs | None = None,  # that other corrupt prompts are taken from; None: a Task's training pairs, or the pairs
 ) -> dict[str, float]:
     "KL of the graph, and with another pair's corrupted run in all that it cuts; closed_ are those of the graph without edges"
     task, found = task_of(model, task), dict[str, float]()

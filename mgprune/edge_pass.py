@@ -502,7 +502,7 @@ def check_parts(
         f"{type(host.model).__name__}: the rows of the projections before {host.sites.attention[0]} are not queries, keys and "
         "values in the order that is known, so that edges into them cannot be told apart")
 
-# %% ../nbs/39_edge_pass.ipynb #8e6c6be1
+# %% ../nbs/39_edge_pass.ipynb #a01768e6
 def rounding(
     host: Host,     # model with its sites
     frame: Frame,   # of the model
@@ -512,9 +512,10 @@ def rounding(
     inside: Any = unwrapped(host.model)
     weight, x = inside.get_output_embeddings().weight, frame.norms[-1].forward(held.stream[-1][:, -1:])
     if not weight.is_floating_point(): return 0.
-    def longest(rows): return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).max().item()
+    def longest(rows): return torch.linalg.vector_norm(rows, dim=-1).max().item()
     return 32 * step_of(x) * longest(x) * longest(weight)
 
+# %% ../nbs/39_edge_pass.ipynb #8e6c6be1
 def check_edges(
     host: Host,    # model with its sites
     frame: Frame,  # of the model, already in FRAMES
