@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from .arguments import Seed, checked, expect
+from .arguments import Seed, checked
 from .circuit import Circuit, CircuitFirst, Provenance, from_kept, full_circuit
 from .edge_pass import FRAMES, Wires, logits_with, path_slopes, prepare_edges, wired_logits, wires_of
-from .evaluation import Divergence, Inside, Within, bound, check_enough, excess_over, in_nats
+from .evaluation import Divergence, Within, bound, check_enough, excess_over, in_nats
 from .graph import Graph
 from .hooks import host_of
 from .models import Model, frozen
@@ -25,6 +25,7 @@ from .streams import Examples, Pairs, logits_of, prepare, task_of
 from .tasks import Task
 from .training import Recipe, at_constant_cost, falls_to, log_odds
 from .tree import NEURONS, SiteMasks
+from .trimming import trimmed
 from .wiring import Wiring, closed_edges, edges_among, writers_of
 
 # %% ../nbs/41_edge_search.ipynb #0209a355
@@ -141,6 +142,7 @@ class OverEdges(Examples):
         writers[0] = True
         return logits_with(wires_of(self.host, masks, writers), self, self.edges.float())
 
+# %% ../nbs/41_edge_search.ipynb #106911b3
 @dataclass(frozen=True, eq=False)
 class Budget:
     "What a graph has to hold, and on which pairs"
@@ -149,15 +151,19 @@ class Budget:
     confidence: float | None  # chance that pairs not measured here hold it too; None: only these
     faithfulness: float | None = None  # how far from 1 its faithfulness may be; None: as far as it likes
 
+    def on(self,
+        edges: torch.Tensor,  # boolean [readers, writers], closed
+    ) -> OverEdges:
+        "The pairs, answered over these edges"
+        return OverEdges(**{f.name: getattr(self.pairs, f.name) for f in fields(Examples)}, edges=edges)
+
     def over(self,
         edges: torch.Tensor,  # boolean [readers, writers], closed
         circuit: Circuit,     # that they lie in
         beside: torch.Tensor | None = None,  # the excess of a graph that differs by little
     ) -> tuple[float, torch.Tensor]:
         "By how much it is over the budget, and the excess of each pair that was measured: `excess_over` of a graph"
-        given = {f.name: getattr(self.pairs, f.name) for f in fields(Examples)}
-        asked = self.kl, self.confidence, self.faithfulness
-        found, each = excess_over(circuit, OverEdges(**given, edges=edges), *asked, beside)
+        found, each = excess_over(circuit, self.on(edges), self.kl, self.confidence, self.faithfulness, beside)
         return found.max().item(), each
 
     def nats(self) -> float:
@@ -439,9 +445,11 @@ def thinned(
     budget = budget_of(graph.circuit, model, task, kl, faithfulness, recipe.confidence)
     train = prepare_edges(graph.circuit, model, task, "train", TRAINED, recipe.batch_size)
     found, history = thinner(graph, train, budget, recipe, seed)
-    kept = found.kept
-    if recipe.trim: kept, said = irreducible(kept, found.circuit, budget, closing_slopes(kept, found.circuit, train[:SLOPED]))
-    found = replace(found, kept=kept)
+    if recipe.trim:
+        circuit = trimmed(found.circuit, budget.on(found.kept), kl, recipe.confidence, faithfulness)
+        kept = closed_edges(found.wiring, found.kept & edges_among(found.wiring, circuit))
+        kept, said = irreducible(kept, circuit, budget, closing_slopes(kept, circuit, train[:SLOPED]))
+        found = replace(found, kept=kept, circuit=circuit)
     found = replace(found, circuit=used_nodes(found))
     settings = dict(kl=kl, faithfulness=faithfulness, recipe=asdict(recipe), pairs=len(train), before=graph.provenance.settings)
     about = origin_of(graph.circuit, train.host, task, settings=settings, seed=seed, history=history, trimmed=said,
