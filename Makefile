@@ -14,7 +14,7 @@ export MPLBACKEND := agg
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help demo test docs browser notebooks install clean
+.PHONY: help demo test docs browser notebooks gpt2 install clean
 
 help:
 	@echo 'make demo       find the IOI circuit of the embedded model; writes it, its figures and a summary into demo/'
@@ -22,6 +22,7 @@ help:
 	@echo 'make docs       build the documentation site into _docs/'
 	@echo 'make browser    drive the explorer in JupyterLab and visit every page of _docs/, in an installed Chromium'
 	@echo 'make notebooks  run every notebook and save its outputs'
+	@echo 'make gpt2       run the three tasks in GPT-2 small, whose weights come from the Hugging Face hub'
 	@echo 'make clean      remove the environment and everything built'
 
 demo: $(VENV)/.library
@@ -41,6 +42,9 @@ browser: docs
 
 notebooks: $(VENV)/.tools
 	$(BIN)/python .ci/execute.py
+
+gpt2: $(VENV)/.tools
+	HF_HUB_OFFLINE=0 $(BIN)/python .ci/execute.py nbs/benchmarks/gpt2.ipynb
 
 install: $(VENV)/.tools
 

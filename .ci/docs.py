@@ -1,9 +1,10 @@
 """Build the documentation site into _docs/: python .ci/docs.py [--plain]
 
 nbdev processes the notebooks into _proc/ (it runs the exported cells and adds each function's signature),
-next to a copy of _quarto.yml. Where Quarto is installed it renders that folder. Elsewhere, or with --plain,
-smalldocs does, which needs no other program and fails on a broken link: cross-references become words,
-widgets their text, and pages get here the names that nbdev tells Quarto.
+next to a copy of _quarto.yml; a figure gets its caption as alternative text. Where Quarto is installed it
+renders that folder. Elsewhere, or with --plain, smalldocs does, which needs no other program and fails on a
+broken link: cross-references become words, widgets their text, and pages get here the names that nbdev tells
+Quarto.
 """
 import json
 import re
@@ -16,6 +17,7 @@ from nbdev.config import get_config
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 
+CAPTION = re.compile(r"(?m)^#\|\s*fig-cap:(.*\n?)")
 NUMBERED = re.compile(r"\b\d+[a-zA-Z0-9]*_([\w-]+\.)(ipynb|html)\b")  # nbdev's rule: 02_gates.ipynb is page gates.html
 CROSS_REFERENCES = [
     (re.compile(r"\s*\{#(eq|fig|tbl|sec)-[\w-]+\}"), ""),
@@ -32,6 +34,17 @@ def joined(text):
 def relinked(text, site):
     "`text` with page names free of numbers, and with links to the published site relative to its root"
     return NUMBERED.sub(r"\1\2", text.replace(site + "/", "/"))
+
+
+def alternative_texts(processed):
+    "Give each figure in the `processed` folder its caption as alternative text, where it has none of its own"
+    for path in processed.rglob("*.ipynb"):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        for cell in (c for c in notebook["cells"] if c["cell_type"] == "code"):
+            source = joined(cell["source"])
+            if "fig-alt" in source: continue
+            cell["source"] = CAPTION.sub(lambda found: f"{found[0].rstrip()}\n#| fig-alt:{found[1]}", source)
+        path.write_text(json.dumps(notebook), encoding="utf-8")
 
 
 def plain_signature(markdown, site):
@@ -75,6 +88,7 @@ def main():
     sys.path.insert(0, str(cfg.config_path))
     refresh_quarto_yml()
     project = Path(proc_nbs(force=True))
+    alternative_texts(project)
     if shutil.which("quarto") and "--plain" not in sys.argv:
         command = ["quarto", "render", str(project), "--no-cache"]
     else:

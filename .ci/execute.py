@@ -1,4 +1,4 @@
-"""Run notebooks and save their outputs: python .ci/execute.py [--fast] [--check] [nbs/25_plots.ipynb ...]
+"""Run notebooks and save their outputs: python .ci/execute.py [--fast] [--check] [nbs/30_plots.ipynb ...]
 
 Outputs are committed, so that GitHub and the docs show the figures. Running a notebook twice writes the
 same file: progress bars stay silent, streams are joined, and widget ids, which Jupyter draws at random,

@@ -9,8 +9,9 @@ from mgprune.circuit import Circuit
 from mgprune.evaluation import evaluate
 from mgprune.many import discover_all
 from mgprune.models import load_model
+from mgprune.planning import plan
 from mgprune.streams import prepare
-from mgprune.training import discover, plan, sweep
+from mgprune.training import discover, sweep
 
 if TYPE_CHECKING:
     from mgprune.edge_search import edges

@@ -6,7 +6,7 @@
 __all__ = ['Provenance', 'Circuit', 'from_kept', 'full_circuit', 'from_scores', 'union', 'intersection', 'jaccard', 'edge_counts']
 
 # %% ../nbs/18_circuit.ipynb #7f0930e6
-import base64, json, re, warnings
+import base64, html, json, re, warnings
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from contextlib import AbstractContextManager
@@ -101,6 +101,8 @@ class Circuit:
     __hash__: ClassVar[None] = None  # tensors are compared, not hashed
 
     def __repr__(self) -> str: return in_text(self)
+
+    def _repr_html_(self) -> str: return in_html(self)
 
     def counts(self) -> dict[str, tuple[int, int]]:
         "Level -> (kept, total) number of nodes"
@@ -271,15 +273,71 @@ def needed(
     known = "" if trimmed.get("sure") else ", by an estimate"
     return f"over its budget, in nats, if one is closed alone, at least{known}: {', '.join(least)}" if least else ""
 
+# %% ../nbs/18_circuit.ipynb #2afc1699
+FIRST = dict(  # the measures to read first, with what they mean
+    kl="nats from the full model's answers, 0 is none",
+    faithfulness="share of the full model's logit difference recovered, 1 is all",
+    accuracy="share of prompts correct")
+OTHERS = dict(full="full model", closed="fully ablated")  # what a measure is compared with
+
+def title(
+    circuit: Circuit,  # any
+) -> str:
+    "What it is a circuit of, and for"
+    p = circuit.provenance
+    return " ".join(["Circuit", *(f"{word} {printable(p[k])}" for k, word in (("model", "of"), ("task", "for")) if k in p)])
+
+def level_rows(
+    circuit: Circuit,  # any
+) -> list[tuple[str, str, str, str]]:
+    "Of each level: its name, how many nodes are kept, of how many, and the share"
+    return [(l.replace("_", " "), f"{n:,}", f"{total:,}", f"{n / total:.1%}") for l, (n, total) in circuit.counts().items()]
+
+# %% ../nbs/18_circuit.ipynb #2ce0b7e1
+def measure_rows(
+    circuit: Circuit,  # any
+) -> list[tuple[str, str, str]]:
+    "Of each measure to read first: its name, its value, and what it means, with what it is compared with"
+    known = {k: v for k, v in (circuit.provenance.metrics or {}).items() if isinstance(v, (int, float))}
+    def beside(name): return [f"{who} {known[f'{k}_{name}']:.3g}" for k, who in OTHERS.items() if f"{k}_{name}" in known]
+    return [(name, f"{known[name]:.3g}", "; ".join([meaning, *([", ".join(beside(name))] if beside(name) else [])]))
+            for name, meaning in FIRST.items() if name in known]
+
+def notes_below(
+    circuit: Circuit,  # any
+) -> list[str]:
+    "What is said below the tables: the measures that they leave out, and what each part is needed for"
+    compared = tuple(f"{side}_" for side in OTHERS)
+    left = [printable(k) for k in circuit.provenance.metrics or {} if k not in FIRST and not k.startswith(compared)]
+    more = f"more in provenance.metrics: {', '.join(left)}" if left else ""
+    return [line for line in (more, needed(circuit)) if line]
+
+# %% ../nbs/18_circuit.ipynb #7fcd0474
 def in_text(
     circuit: Circuit,  # any
 ) -> str:
-    "The circuit for a terminal: what it is, how many nodes of each level it keeps, and its measures"
-    p, metrics = circuit.provenance, circuit.provenance.metrics or {}
-    head = " ".join(["Circuit", *(f"{word} {printable(p[k])}" for k, word in (("model", "of"), ("task", "for")) if k in p)])
-    rows = [f"  {l.replace('_', ' '):<17}{n:>9,} of {total:>9,}{n / total:>9.1%}" for l, (n, total) in circuit.counts().items()]
-    said = ", ".join(f"{printable(k).replace('_', ' ')} {v:.3g}" for k, v in metrics.items() if isinstance(v, float))
-    return "\n".join([head, *rows, *("  " + line for line in (said, needed(circuit)) if line)])
+    "The circuit for a terminal"
+    levels = [f"  {l:<17}{n:>9} of {total:>9}{share:>9}" for l, n, total, share in level_rows(circuit)]
+    measures = [f"  {name:<17}{value:>9}  {meaning}" for name, value, meaning in measure_rows(circuit)]
+    return "\n".join([title(circuit), *levels, *measures, *("  " + line for line in notes_below(circuit))])
+
+def html_table(
+    titles: tuple[str, ...],      # of the columns
+    rows: list[tuple[str, ...]],  # texts
+) -> str:
+    "A table as HTML; nothing is one where there are no rows"
+    def line(tag, texts): return "<tr>" + "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts) + "</tr>"
+    body = "".join(line("td", row) for row in rows)
+    return f"<table><thead>{line('th', titles)}</thead><tbody>{body}</tbody></table>" if rows else ""
+
+def in_html(
+    circuit: Circuit,  # any
+) -> str:
+    "The circuit for a notebook"
+    tables = (("level", "kept", "of", "share"), level_rows(circuit)), (("measure", "value", "what it is"), measure_rows(circuit))
+    parts = [f"<p><strong>{html.escape(title(circuit))}</strong></p>", *(html_table(titles, [*rows]) for titles, rows in tables),
+             *(f"<p>{html.escape(line)}</p>" for line in notes_below(circuit))]
+    return "".join(parts)
 
 # %% ../nbs/18_circuit.ipynb #98a1d5c2
 @checked

@@ -78,7 +78,17 @@ def evaluate(
     reference: Pairs | None = None,   # pairs that means and other pairs' prompts are taken from; None: a Task's training pairs
     batch_size: Count | None = None,  # examples per forward pass; None: as many as fit, at most 32
 ) -> dict[str, float | str]:
-    "Measures of the circuit on held-out pairs, by name; and both ablations, where it is not measured with what it was found with"
+    """Measures of the circuit on held-out pairs, by name; and both ablations, where it was found with another
+
+    - kl: Kullback-Leibler divergence of its answers from the full model's, in nats; 0 where they are the same
+    - faithfulness: share of the logit difference between all nodes ablated and the full model that it recovers
+    - accuracy: share of the pairs whose correct answers are likelier than the wrong ones
+    - exact_match: share of the pairs where its likeliest token is the full model's
+    - logit_difference: log odds of the correct answers against the wrong ones, averaged
+    - probability_difference: probability of the correct answers less that of the wrong ones, averaged
+    - full_accuracy, full_logit_difference, full_probability_difference: of the full model
+    - closed_kl, closed_accuracy, closed_logit_difference, closed_probability_difference: with all nodes ablated
+    """
     examples = prepare_for(circuit, model, task, ablation, reference, batch_size)
     return measured(circuit, examples) | both_ablations(circuit, examples)
 
@@ -131,18 +141,37 @@ def excess(
 # %% ../nbs/21_evaluation.ipynb #f6718c3e
 HALF = 600  # pairs with which half of the risk is taken
 
+def by_word(
+    each: torch.Tensor,     # [examples] any number for each pair
+    numbers: torch.Tensor,  # [examples] of the word that a pair has
+) -> torch.Tensor:
+    "A number for each word, [words], with the mean of the pairs: that mean, and what the word's pairs add to it"
+    mean, numbers = each.mean(), numbers.unique(return_inverse=True)[1].to(each.device)
+    words = int(numbers.max()) + 1
+    return mean + words / len(each) * each.new_zeros(words).index_add_(0, numbers, each - mean)
+
+def likely_most(
+    values: torch.Tensor,  # [draws] independent of each other
+    quantile: float,       # of the normal distribution, such as -1.64
+) -> float:
+    "An upper bound of their mean, by Hall's correction for skewness"
+    mean, spread = values.mean().item(), values.std(correction=0).item()
+    if spread == 0: return mean
+    root = len(values) ** .5
+    a = (((values - mean) / spread) ** 3).mean().item() / root
+    t = 3 / a * (math.cbrt(1 + a * (quantile - a / 6)) - 1) if abs(a) > 1e-6 else quantile
+    return mean - spread / root * t
+
 def bound(
     each: torch.Tensor,        # [examples] by how much each pair is over
     confidence: float | None,  # chance that the mean of all pairs like these is not above it; None: the mean of these
+    words: torch.Tensor | None = None,  # [examples, slots] which pairs share a word, slot by slot; None: none do
 ) -> float:
-    "An upper bound of the mean, by Hall's correction for skewness"
-    mean, spread = each.mean().item(), each.std(correction=0).item()
-    if confidence is None or spread == 0: return mean
-    n = len(each)
-    root, z = n ** .5, NormalDist().inv_cdf((1 - confidence) * n / (n + HALF))
-    a = (((each - mean) / spread) ** 3).mean().item() / root
-    t = 3 / a * (math.cbrt(1 + a * (z - a / 6)) - 1) if abs(a) > 1e-6 else z
-    return mean - spread / root * t
+    "An upper bound of the mean of pairs like these, with other words of the same kind"
+    if confidence is None: return each.mean().item()
+    quantile = NormalDist().inv_cdf((1 - confidence) * len(each) / (len(each) + HALF))
+    draws = [each] + [by_word(each, numbers) for numbers in (() if words is None else words.T)]
+    return max(likely_most(values, quantile) for values in draws if len(values) > 1 or len(draws) == 1)
 
 # %% ../nbs/21_evaluation.ipynb #4444ba61
 def least_pairs(
@@ -163,7 +192,15 @@ def check_enough(
         f"keep=; or for a divergence on these pairs alone, with confidence=None, in a search Recipe(confidence=None)")
 
 # %% ../nbs/21_evaluation.ipynb #f9b5386a
-FEW, SOME = 16, 64  # pairs after which measuring may end early: where it is clear, and where it is expected
+FEW, SOME = 16, 64  # pairs after which measuring may end early
+
+def bounds(
+    each: torch.Tensor,        # [criteria, examples] by how much each pair is over
+    examples: Examples,        # the pairs
+    confidence: float | None,  # chance that pairs not measured here hold it too; None: only these
+) -> torch.Tensor:
+    "An upper bound of the mean of each, [criteria]"
+    return torch.tensor([bound(row, confidence, examples.batch.words) for row in each])
 
 def excess_over(
     circuit: Circuit,    # found on the model of the examples
@@ -171,23 +208,19 @@ def excess_over(
     kl: float | str,     # divergence that the circuit may have
     confidence: float | None,  # chance that pairs not measured here hold it too; None: only these
     faithfulness: float | None = None,  # how far from 1 its faithfulness may be; None: as far as it likes
-    beside: torch.Tensor | None = None, # [criteria, examples] the excess of a circuit that differs by little
-    errors: float = 2.,  # standard errors by which it is over where measuring ends early; with fewer than 64 pairs at least 2
+    errors: float = 2.,  # standard errors by which it is over where measuring ends early
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """By how much it is over each criterion, [criteria]: a bound, or, where measuring ended early, what is expected of it; and
-    the excess of the pairs that were measured, [criteria, examples]"""
-    masks, total, found = circuit.masks().to(examples.host.device), len(examples), []
-    known = 0. if beside is None else torch.tensor([bound(row, confidence) for row in beside])
+    """By how much it is over each criterion, [criteria]: a bound, or the mean of the pairs measured, where measuring ended early;
+    and the excess of each of these pairs, [criteria, examples]"""
+    masks, total = circuit.masks().to(examples.host.device), len(examples)
+    found, each = [], torch.empty(0)
     for start, end in pairwise([0, *(end for end in (FEW, *range(SOME, total, SOME)) if end < total), total]):
         part = examples[start:end]
         found.append(excess(part, part.logits(masks), kl, faithfulness))
         each = torch.cat(found, 1)
-        change, unseen = each if beside is None else each - beside[:, :each.shape[1]], (1 / each.shape[1] - 1 / total) ** 0.5
-        expected = known + change.mean(1)
-        doubt = (max(errors, 2.) if end < SOME else errors) * unseen * change.std(1, correction=0)
-        if unseen and (expected - doubt > 0).any(): return expected, each
-    each = torch.cat(found, 1)
-    return torch.tensor([bound(row, confidence) for row in each]), each
+        doubt = errors * (1 / end - 1 / total) ** 0.5 * each.std(1, correction=0)
+        if end < total and (each.mean(1) - doubt > 0).any(): return each.mean(1), each
+    return bounds(each, examples, confidence), each
 
 def holds(
     circuit: Circuit,    # found on the model of the examples

@@ -193,6 +193,7 @@ class Batch(Rows):
     attention_mask: torch.Tensor  # [examples, positions] 1 for a token, 0 for padding
     answer: torch.Tensor          # [examples, most answers] token ids of right answers, filled up with -1
     wrong: torch.Tensor           # [examples, most wrong answers] token ids of wrong answers, filled up with -1
+    words: torch.Tensor | None = None  # [examples, slots] number of the word, in each slot that has words of this part alone
 
     def __len__(self) -> int: return len(self.clean)
 
@@ -233,6 +234,9 @@ def check_batch(
         f"{tuple(batch.attention_mask.shape)}: expected one shape, [pairs, positions]")
     if any(t.is_floating_point() for t in (batch.clean, batch.corrupt, batch.answer, batch.wrong)): raise InputError(
         "expected token ids that are whole numbers")
+    words = batch.words
+    if words is not None and (words.dim() != 2 or len(words) != len(batch) or words.is_floating_point()): raise InputError(
+        f"words of shape {tuple(words.shape)} and {words.dtype}: expected whole numbers, [pairs, slots]")
     mask, known = (batch.attention_mask != 0).long(), vocabulary(model)
     if not mask[:, -1].all() or (mask.diff(dim=-1) < 0).any(): raise InputError("expected prompts that are padded on the left")
     check_answers(batch)
@@ -320,7 +324,7 @@ class Reader:
         answer, wrong = ([*dict.fromkeys(map(self._answer, texts))] for texts in (pair.answer, pair.wrong))
         both = sorted({*answer} & {*wrong})
         if both: raise _unfit("an answer that is right and wrong",
-                              f"{in_pieces(both, self.tokenizer)} is given as right and as wrong; keep one")
+                              f"{in_pieces(both, self.tokenizer)} is given as correct and as wrong; keep one")
         return clean, corrupt, answer, wrong
 
     def _prompt(self, which: str, text: str) -> list[int]:

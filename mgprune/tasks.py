@@ -9,12 +9,14 @@ __all__ = ['BUILT_IN', 'Task', 'Drawn', 'templated', 'ioi', 'greater_than', 'gen
 # %% ../nbs/10_tasks.ipynb #c12e06ee
 import random, warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from .arguments import Count, InputError, Must, Seed, as_path, between, check_fields, checked, expect, shown
@@ -34,6 +36,17 @@ from .words import word_pool as word_pool
 # %% ../nbs/10_tasks.ipynb #1d602974
 SPLITS = ("train", "valid", "test")
 Split = Literal["train", "valid", "test"]
+
+# %% ../nbs/10_tasks.ipynb #93d6c172
+def _held_out_words(
+    parts: Sequence[Sequence[Pair]],  # of a task
+) -> list[torch.Tensor | None]:
+    "For each part [pairs, slots], the number of the word that stands in each slot whose words no other part has"
+    names = set.intersection(*({*pair.slots} for part in parts for pair in part)) - {"template"}  # which are too few to say much
+    said = {name: [[pair.slots[name] for pair in part] for part in parts] for name in sorted(names)}
+    apart = [of for of in said.values() if sum(len({*words}) for words in of) == len({*chain(*of)}) > len(parts)]
+    if not apart: return [None] * len(parts)
+    return [torch.tensor([[*map([*dict.fromkeys(words)].index, words)] for words in part]).T for part in zip(*apart)]
 
 # %% ../nbs/10_tasks.ipynb #e8f38721
 @dataclass(frozen=True)
@@ -62,7 +75,9 @@ class Task:
 
     @cached_property
     def _batches(self) -> dict[str, Batch]:
-        return {split: encoded(listing(getattr(self, split), f"{split} "), self.tokenizer) for split in SPLITS}
+        words = _held_out_words([getattr(self, split) for split in SPLITS])
+        read = (encoded(listing(getattr(self, split), f"{split} "), self.tokenizer) for split in SPLITS)
+        return {split: replace(batch, words=own) for split, batch, own in zip(SPLITS, read, words)}
 
     @checked
     def batch(

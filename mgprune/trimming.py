@@ -7,6 +7,7 @@ __all__ = ['trimmed']
 
 # %% ../nbs/22_trimming.ipynb #86b3ccd8
 import math
+from bisect import bisect
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from .arguments import Share, checked
 from .circuit import Circuit, from_kept
-from .evaluation import Divergence, Inside, Within, check_enough, excess_over
+from .evaluation import FEW, SOME, Divergence, Inside, Within, check_enough, excess, excess_over
 from .models import frozen
 from .objective import kl_divergence
 from .passes import fitting_size, open_at, step_bytes
@@ -112,6 +113,26 @@ def without(
     for part in parts: kept[part.finest] = kept[part.finest] & ~part.neurons
     return from_kept(kept, circuit.sites, scores=circuit.scores, provenance=circuit.provenance)
 
+# %% ../nbs/22_trimming.ipynb #4fc87844
+def expected(
+    circuit: Circuit,     # to measure
+    examples: Examples,   # of which a few are measured
+    kl: float | str,      # divergence that it may have
+    faithfulness: float | None,  # how far from 1 its faithfulness may be; None: as far as it likes
+    by: torch.Tensor,     # [criteria] by how much a circuit that differs by little is over on all pairs
+    each: torch.Tensor,   # [criteria, examples] and its excess on each
+) -> torch.Tensor:
+    "By how much the circuit may be over on all pairs, [criteria]: the other's, and the mean change on a few"
+    masks, total, found = circuit.masks().to(examples.host.device), min(SOME, len(examples)), []
+    for start, end in ((0, FEW), (FEW, total)):
+        some = examples[start:min(end, total)]
+        found.append(excess(some, some.logits(masks), kl, faithfulness))
+        now = torch.cat(found, 1)
+        change = now - each[:, :now.shape[1]]
+        doubt = 2 * max(1 / now.shape[1] - 1 / total, 0) ** .5 * change.std(1, correction=0)
+        if end >= total or (by + change.mean(1) - doubt > 0).any(): break
+    return by + change.mean(1)
+
 # %% ../nbs/22_trimming.ipynb #ae33ecf7
 @checked
 def trimmed(
@@ -124,27 +145,28 @@ def trimmed(
     sure: bool = False,        # measure all pairs always, and go on until no part can go
 ) -> Circuit:
     "The circuit without what the budget does not need; its provenance says what each part that is left is needed for"
-    def over(c: Circuit, beside: Any = None) -> tuple[float, torch.Tensor]:
-        errors = 2 if beside is None else math.inf if sure else 0
-        found, each = excess_over(c, examples, kl, confidence, faithfulness, beside, errors)
-        return found.max().item(), each
+    def over(c: Circuit) -> tuple[torch.Tensor, torch.Tensor]:
+        return excess_over(c, examples, kl, confidence, faithfulness, math.inf)
     check_enough(len(examples), confidence)
     before, tried, needed, (by, each) = circuit.n_neurons(), 0, {}, over(circuit)
-    again = by <= 0
+    again = (by <= 0).all()
     while again:
-        again = False
+        start = circuit
         for of in (1., share):
-            groups = [parts(circuit, closing(circuit, examples), of)]
-            while groups:
-                group = [part for part in groups.pop() if circuit.kept[part.finest][part.neurons].all()]
+            waiting, held = [parts(circuit, closing(circuit, examples), of)], [circuit]
+            while waiting:
+                group = [part for part in waiting.pop() if held[-1].kept[part.finest][part.neurons].all()]
                 if not group: continue
-                candidate, half = without(circuit, *group), len(group) // 2
-                (by, changed), tried = over(candidate, each), tried + 1
-                if by <= 0: circuit, each, again = candidate, changed, sure
-                elif half: groups += [group[half:], group[:half]]
-                else: needed[group[0].kind, group[0].level, group[0].node] = round(by, 5)
+                candidate, half, tried = without(held[-1], *group), len(group) // 2, tried + 1
+                likely = (over(candidate)[0] if sure else expected(candidate, examples, kl, faithfulness, by, each)).max().item()
+                if likely <= 0: held.append(candidate)
+                elif half: waiting += [group[half:], group[:half]]
+                else: needed[group[0].kind, group[0].level, group[0].node] = round(likely, 5)
+            circuit = held[bisect(range(1, len(held)), False, key=lambda i: not (over(held[i])[0] <= 0).all())]
+            by, each = over(circuit)
+        again = sure and circuit != start
     left: dict[str, dict[str, float]] = {}
-    for (kind, level, node), by in needed.items():
-        if circuit.kept[level][node]: left.setdefault(kind, {})[".".join(map(str, node))] = by
+    for (kind, level, node), by_itself in needed.items():
+        if circuit.kept[level][node]: left.setdefault(kind, {})[".".join(map(str, node))] = by_itself
     said: dict[str, Any] = dict(before=before, neurons=circuit.n_neurons(), share=share, sure=sure, tried=tried, over=left)
     return replace(circuit, provenance=replace(circuit.provenance, trimmed=said))

@@ -38,8 +38,9 @@ from mgprune.models import frozen, load_model
 from mgprune.objective import kl_divergence
 from mgprune.pairs import Batch
 from mgprune.passes import circuit_logits, nbytes, open_at, projected, record, tensors
+from mgprune.recipe import Goal, Recipe
+from mgprune.search import Search, step
 from mgprune.streams import bind
-from mgprune.training import Goal, Recipe, Search, step
 from mgprune.tree import DEFAULT_LEVELS, SiteMasks, level_shapes, site_masks
 
 SHAPES = {

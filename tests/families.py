@@ -5,6 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mgprune import discover
+from mgprune.recipe import Recipe
 from mgprune.tree import level_shapes, site_masks
 from mgprune.models import frozen
 from mgprune.pairs import Batch
@@ -12,7 +13,6 @@ from mgprune.passes import answer_logits
 from mgprune.sites import find_sites
 from mgprune.streams import prepare
 from mgprune.tasks import Task
-from mgprune.training import Recipe
 
 VOCABULARY, LENGTHS = 61, (6, 4, 5)
 PLAIN = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=40, num_attention_heads=4)

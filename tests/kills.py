@@ -21,7 +21,7 @@ from unittest.mock import patch
 from mgprune import cli, discover, plots, tasks
 from mgprune.circuit import Circuit, from_scores
 from mgprune.models import InputError, load_model
-from mgprune.training import Recipe
+from mgprune.recipe import Recipe
 
 
 def two_circuits():

@@ -6,13 +6,15 @@ from pathlib import Path
 import torch
 
 from families import Pairs, pairs, short_search, tiny
-from mgprune import discover, evaluate, load_model, tasks, training
+from mgprune import discover, evaluate, load_model, search, tasks
 from mgprune.arguments import InputError
 from mgprune.attribution import attribute
 from mgprune.gates import HardConcrete, Sigmoid
 from mgprune.models import fingerprint
+from mgprune.processes import together
+from mgprune.recipe import Goal, Recipe
+from mgprune.search import Search, run
 from mgprune.streams import prepare
-from mgprune.training import Goal, Recipe, Search, run, together
 from mgprune.tree import DEFAULT_LEVELS
 
 PRICES = Goal(penalties=dict(head=1e-3, mlp=1e-3, attention_neuron=1e-5, mlp_neuron=1e-5))
@@ -45,14 +47,14 @@ def refused(act):
 
 def broken_off(act, after):
     "Break it off after so many steps"
-    step, done = training.step, []
+    step, done = search.step, []
     def once(search):
         if len(done) == after: raise KeyboardInterrupt
         done.append(step(search))
-    training.step = once
+    search.step = once
     try: act()
     except KeyboardInterrupt: return
-    finally: training.step = step
+    finally: search.step = step
 
 
 def discoveries(folder):

@@ -16,10 +16,10 @@ from unittest.mock import patch
 
 import torch
 
-from mgprune import Circuit, discover, load_model, tasks, training
+from mgprune import Circuit, discover, load_model, resume, tasks
 from mgprune.files import STATE, read_state
 from mgprune.models import InputError
-from mgprune.training import Recipe
+from mgprune.recipe import Recipe
 
 RECIPE = Recipe(steps=40, pairs=32, confidence=None)
 
@@ -54,7 +54,7 @@ def table(runs, seed=0):
         whole = search()
         seconds = time.monotonic() - began
         def child(folder):
-            with patch.object(training, "BETWEEN", 0):  # written at every step
+            with patch.object(resume, "BETWEEN", 0):  # written at every step
                 search(folder)
             return 0
         for _ in range(runs):

@@ -16,9 +16,9 @@ from mgprune.models import InputError, fingerprint
 from mgprune.objective import kl_divergence
 from mgprune.pairs import Batch, Pair
 from mgprune.passes import record
+from mgprune.recipe import Recipe
 from mgprune.sites import find_sites
 from mgprune.streams import prepare
-from mgprune.training import Recipe
 from mgprune.tree import LEVELS, SiteMasks, close, level_shapes, site_masks
 
 KINDS = ("embedded", "llama", "qwen2_moe", "gpt_oss")

@@ -4,6 +4,7 @@ import inspect
 import math
 import random
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,12 @@ from mgprune.attribution import attribute
 from mgprune.circuit import from_kept, full_circuit
 from mgprune.gates import HardConcrete, Sigmoid
 from mgprune.models import EMBEDDED, InputError
+from mgprune.recipe import Goal, Recipe
 from mgprune.sites import find_sites
 from mgprune.streams import Batch, prepare
-from mgprune.training import Goal, Recipe
 
-MODULES = ("attribution", "circuit", "corruption", "evaluation", "export", "files", "models", "pairs", "plots", "reading", "streams", "tasks", "training",
-           "widgets", "words")
+MODULES = ("attribution", "circuit", "corruption", "evaluation", "export", "files", "models", "pairs", "planning", "plots", "reading",
+           "streams", "tasks", "training", "widgets", "words")
 HUB = {"push_to_hub", "from_hub"}          # would ask the network
 
 
@@ -126,8 +127,9 @@ def test_values_are_checked_where_they_are_made(make):
 
 def test_batches_of_other_shapes_are_refused():
     model, batch = tiny("llama"), pairs()
-    others = [Batch(batch.clean[:, 1:], batch.corrupt, batch.attention_mask, batch.answer, batch.wrong), Batch(*[t[:0] for t in vars(batch).values()]),
-              Batch(batch.clean, batch.corrupt, 1 - batch.attention_mask, batch.answer, batch.wrong), Batch(batch.clean + 100, batch.corrupt, *list(vars(batch).values())[2:])]
+    others = [Batch(batch.clean[:, 1:], batch.corrupt, batch.attention_mask, batch.answer, batch.wrong), batch[:0],
+              Batch(batch.clean, batch.corrupt, 1 - batch.attention_mask, batch.answer, batch.wrong), Batch(batch.clean + 100, batch.corrupt, batch.attention_mask, batch.answer, batch.wrong),
+              replace(batch, words=batch.answer[:1]), replace(batch, words=batch.answer[:, 0]), replace(batch, words=batch.answer.float())]
     for other in others:
         with pytest.raises(InputError): prepare(model, other)
     with pytest.raises(InputError): prepare(model, [1])

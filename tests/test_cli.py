@@ -12,12 +12,16 @@ from pathlib import Path
 import pytest
 
 import kills
+import mgprune
 from mgprune import cli, evaluate, tasks
 from mgprune.ablations import ABLATIONS
-from mgprune.circuit import Circuit, as_text
+from mgprune.circuit import Circuit, as_text, from_scores
 from mgprune.cli import main
+from mgprune.evaluation import cut_by_size
+from mgprune.export import WRITERS
 from mgprune.files import digest
 from mgprune.models import load_model
+from mgprune.sites import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 LEVELS = {"block", "head", "mlp", "attention_neuron", "mlp_neuron"}
@@ -73,7 +77,7 @@ def test_out_holds_circuit_figures_and_summary(found):
     for path in (found / "out").glob("*.png"): assert path.read_bytes().startswith(b"\x89PNG")
     text = (found / "out/summary.md").read_text()
     for word in ("# Circuit of embedded for ioi", "mlp neuron", "faithfulness", "keep 0.2", "Circuit.load('circuit.json', model)",
-                 "| ablation | corrupt |", "the ablation corrupt (closed nodes hold what they hold on the pair's own corrupt prompt)"): assert word in text
+                 "| ablation | corrupt |", "the ablation corrupt (ablated nodes hold what they hold on the pair's own corrupt prompt)"): assert word in text
 
 
 def test_evaluate_gives_the_same_measures(found, tmp_path, capsys):
@@ -105,8 +109,8 @@ def test_evaluate_with_another_ablation(found, tmp_path, capsys, ablation):
 def test_discover_with_another_ablation(tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["discover", "ioi", *FAST, "--ablation", "mean", "--out", str(out), "--json", f"{tmp_path}/a.json"]) == 0
-    assert "ablation mean (closed nodes hold their mean over the corrupt prompts of reference pairs)\n" in capsys.readouterr().out
-    assert "the ablation mean (closed nodes hold their mean" in (out / "summary.md").read_text() and read(tmp_path / "a.json")["ablation"] == "mean"
+    assert "ablation mean (ablated nodes hold their mean over the corrupt prompts of reference pairs)\n" in capsys.readouterr().out
+    assert "the ablation mean (ablated nodes hold their mean" in (out / "summary.md").read_text() and read(tmp_path / "a.json")["ablation"] == "mean"
     assert main(["evaluate", str(out), "--json", f"{tmp_path}/b.json"]) == 0  # with the circuit's own
     assert "ablation mean\n" in capsys.readouterr().out and read(tmp_path / "b.json")["ablation"] == "mean"
     for name in ("kl", "closed_kl"): assert read(tmp_path / "a.json")[name] == pytest.approx(read(tmp_path / "b.json")[name], abs=1e-4)
@@ -116,7 +120,7 @@ def test_discover_with_another_ablation(tmp_path, capsys):
 
 def test_sweep_says_its_ablation(tmp_path, capsys):
     assert main(["sweep", "ioi", "--keep", ".3", ".1", "--steps", "40", "--ablation", "zero", "--json", f"{tmp_path}/a.json"]) == 0
-    assert "\nablation zero (closed nodes hold zero)\n" in capsys.readouterr().out
+    assert "\nablation zero (ablated nodes hold zero)\n" in capsys.readouterr().out
     assert [row["ablation"] for row in read(tmp_path / "a.json")] == ["zero", "zero"]
 
 
@@ -136,7 +140,40 @@ def test_help_says_what_ablations_there_are(command, capsys):
     with pytest.raises(SystemExit): main([command, "--help"])
     said = " ".join(capsys.readouterr().out.split())
     for name, ablation in ABLATIONS.items(): assert f"{name}: {ablation.__doc__}" in said
-    assert f"what closed nodes hold (default: {'as the circuit was found' if command == 'evaluate' else 'corrupt'})" in said
+    assert f"what ablated nodes hold (default: {'as the circuit was found' if command == 'evaluate' else 'corrupt'})" in said
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], *([command, "--help"] for command in cli.EXAMPLES)])
+def test_help_has_examples_that_can_be_typed(argv, capsys):
+    with pytest.raises(SystemExit) as end: main(argv)
+    said = capsys.readouterr().out
+    assert end.value.code == 0
+    if argv == ["--version"]: assert said == f"mgprune {mgprune.__version__}\n"
+    else:
+        examples = [line.split()[1:] for line in said.splitlines() if line.startswith("  mgprune ")]
+        assert examples and all(cli.parser().parse_args(words).command in cli.EXAMPLES for words in examples)
+
+
+def test_tasks_and_models_are_listed(capsys):
+    assert main(["tasks"]) == main(["models"]) == 0
+    said = capsys.readouterr().out
+    for name in (*tasks.BUILT_IN, *FAMILIES, "embedded", "smollm2"): assert name in said
+
+
+def test_export_writes_each_format_once(found, tmp_path, capsys):
+    names = [str(tmp_path / f"ioi{ending}") for ending in WRITERS]
+    assert main(["export", f"{found}/out", *names]) == 0 and capsys.readouterr().out.count("wrote") == len(names)
+    circuit, nodes = Circuit.load(found / "out/circuit.json"), read(tmp_path / "ioi.mib.json")["nodes"]
+    assert {name for name, node in nodes.items() if node["in_graph"] and ".h" in name} == {f"a{l}.h{h}" for l, h in circuit.heads()}
+    assert "exists already: nothing was written" in refused(capsys, "export", found / "out", tmp_path / "new.csv", names[0])
+    assert not (tmp_path / "new.csv").exists()
+
+
+@pytest.mark.parametrize("steps, keep, kl, said", [(40, .6, .1, True), (40, .1, 3., True), (40, .1, .1, False), (None, .6, 3., False), (600, .6, 3., False)])
+def test_few_steps_are_named_where_the_circuit_is_large_or_far(found, steps, keep, kl, said):
+    circuit = Circuit.load(found / "out/circuit.json")
+    circuit = from_scores(circuit.scores, circuit.sites, cut_by_size(circuit.scores, circuit.sites, keep), dict(metrics=dict(kl=kl, closed_kl=10.)))
+    assert bool(cli.on_few_steps(circuit, steps)) == said
 
 
 def test_drawing_is_loaded_where_something_is_drawn():
@@ -214,6 +251,11 @@ def test_pairs_from_a_file_are_found_again(pairs, tmp_path, capsys):
     ([], "COMMAND"),
     (["prune"], "prune"),
     (["evaluate", "missing.json"], "cannot read the circuit 'missing.json'"),
+    (["evaluate", "greater-than"], "'greater-than' is a task, and there is no circuit of that name here"),
+    (["export", "greater-than", "a.csv"], "Find one first (mgprune discover greater-than --out greater-than)"),
+    (["export", "missing.json", "a.csv"], "cannot read the circuit 'missing.json'"),
+    (["export", "missing.json", "a.pdf"], "'a.pdf': expected a file that ends in one of .csv, .dot, .svg, .html, .mib.json"),
+    (["export", "missing.json"], "FILE"),
 ])
 def test_refuses(argv, says, capsys):
     assert says in refused(capsys, *argv)

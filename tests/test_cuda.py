@@ -3,14 +3,14 @@ import pytest
 import torch
 
 from families import TINY, holds, pairs, short_search, tiny
-from mgprune import discover, load_model, tasks, training
+from mgprune import discover, load_model, search, tasks
 from mgprune.checks import trusted
 from mgprune.circuit import Circuit, jaccard
 from mgprune.files import read_state
 from mgprune.passes import fitting_size, free_bytes
 from mgprune.hooks import host_of
+from mgprune.recipe import Recipe
 from mgprune.streams import prepare
-from mgprune.training import Recipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 kinds = pytest.mark.parametrize("kind", TINY)
@@ -70,12 +70,12 @@ def test_memory_that_is_free_is_known():
 
 def test_a_search_goes_on(tmp_path, monkeypatch):
     model, recipe, taken = load_model().to("cuda"), Recipe(steps=40), []
-    task, original = tasks.ioi(model, n=(48, 16, 32)), training.step
+    task, original = tasks.ioi(model, n=(48, 16, 32)), search.step
     def step(search):
         if len(taken) == 25: raise KeyboardInterrupt
         taken.append(original(search))
     with monkeypatch.context() as patch:
-        patch.setattr(training, "step", step)
+        patch.setattr(search, "step", step)
         with pytest.raises(KeyboardInterrupt): discover(model, task, keep=.2, recipe=recipe, progress=False, save=tmp_path)
     history = read_state(tmp_path)[1]["history"]
     assert len(history["kl"]) == 20  # where it is looked for what is shut

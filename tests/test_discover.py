@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from mgprune import Circuit, discover, evaluate, load_model, sweep, tasks, training
+from mgprune import Circuit, discover, evaluate, load_model, search, sweep, tasks
 from mgprune.circuit import from_scores
+from mgprune.recipe import Goal, Recipe
+from mgprune.training import check_circuit
 from mgprune.tree import level_shapes
 from mgprune.models import InputError, fingerprint
 from mgprune.sites import find_sites
-from mgprune.training import Goal, Recipe, check_circuit
 
 QUICK = Recipe(steps=20, confidence=None)
 
@@ -39,12 +40,12 @@ def test_model_leaves_as_it_came(task, monkeypatch, error):
     if error is None:
         discover(model, task, keep=.1, recipe=QUICK, progress=False)
     else:
-        step, calls = training.step, []
+        step, calls = search.step, []
         def fails(search):
             calls.append(1)
             if len(calls) > 3: raise error
             step(search)
-        monkeypatch.setattr(training, "step", fails)
+        monkeypatch.setattr(search, "step", fails)
         with pytest.raises(error): discover(model, task, recipe=QUICK, progress=False)
     assert state(model) == before
 

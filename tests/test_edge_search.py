@@ -17,8 +17,8 @@ from mgprune.models import frozen
 from mgprune.objective import kl_divergence
 from mgprune.passes import answer_logits
 from mgprune.planted import plant
+from mgprune.recipe import Recipe
 from mgprune.sites import find_sites
-from mgprune.training import Recipe
 from mgprune.wiring import Wiring, closed_edges, edges_among
 
 TRUE = dict(ioi=10, greater_than=3, gendered_pronoun=3)
@@ -53,7 +53,9 @@ def test_what_is_left_is_needed_and_what_is_said_of_it_is_measured(planted):
     kept, said = irreducible(among, whole, budget, closing_slopes(among, whole, train))
     assert said["before"] == int(among.sum()) > said["edges"] == int(kept.sum()) == len(said["over"]["edge"])
     full = budget.pairs.full
-    def over(some): return bound(kl_divergence(full, edge_logits(whole, model, budget.pairs, some.float())).double(), .95) - .2
+    def over(some):
+        each = kl_divergence(full, edge_logits(whole, model, budget.pairs, some.float())).double()
+        return bound(each, .95, budget.pairs.batch.words) - .2
     assert over(kept) <= 0
     for reader, writer in kept.nonzero().tolist():
         fewer = kept.clone()

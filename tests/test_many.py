@@ -16,7 +16,7 @@ from mgprune import Circuit, discover, discover_all, load_model, many, tasks
 from mgprune.ablations import zero
 from mgprune.many import arguments_of, content, named
 from mgprune.models import InputError, fingerprint
-from mgprune.training import Recipe
+from mgprune.recipe import Recipe
 
 QUICK = Recipe(steps=8, confidence=None)
 

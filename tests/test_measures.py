@@ -14,6 +14,7 @@ from mgprune.attribution import random_ranking
 from mgprune.circuit import from_kept, from_scores
 from mgprune.controls import controls
 from mgprune.curves import FRACTIONS, best_items, items, mib_curve, read_scores
+from mgprune.evaluation import bound, by_word
 from mgprune.hypotheses import gaussian, holm, hypotheses, matched, p_at_least, p_at_most, p_equivalent, p_independent
 from mgprune.models import frozen
 from mgprune.necessity import complement, necessity, nodes_of, without
@@ -329,3 +330,26 @@ def test_report_says_what_its_parts_say(tmp_path, model):
 def test_a_verdict_needs_the_whole_interval():
     assert faithful(.9, 1, .9).startswith("faithful") and faithful(.85, .95, .9).startswith("not settled")
     assert faithful(.5, .8999, .9).startswith("not faithful") and "too few" in faithful(math.nan, math.nan, .9)
+
+
+def test_bounds_count_words_where_pairs_share_them():
+    "By the standard error by clusters, written out"
+    draw = torch.Generator().manual_seed(0)
+    words = torch.arange(512) // 20
+    each = (torch.randn(26, generator=draw)[words] + .1 * torch.randn(512, generator=draw)).double()
+    mean = each.mean()
+    by_hand = sum((each[words == w] - mean).sum() ** 2 for w in words.unique()).sqrt() / len(each)
+    own = by_word(each, words)
+    assert own.mean().item() == pytest.approx(mean.item()) and own.std(correction=0) / len(own) ** .5 == pytest.approx(by_hand.item())
+    assert bound(each, .95, words[:, None]) > bound(each, .95) and bound(each, None, words[:, None]) == mean
+    shuffled = words[torch.randperm(512, generator=draw)]  # words that say nothing
+    assert bound(each, .95, torch.stack([words, shuffled], 1)) == bound(each, .95, words[:, None])
+    assert bound(each, .95, torch.zeros(512, 1, dtype=torch.long)) == bound(each, .95)  # of one word nothing is known about others
+
+
+def test_pairs_of_a_task_know_which_words_are_theirs(model):
+    for name, slots in (("gendered_pronoun", 2), ("ioi", 3)):
+        batch = tasks.load(model, name).batch("valid")
+        assert batch.words.shape == (len(batch), slots) and batch[:7].words.shape == (7, slots)
+    same = tasks.load(model, "ioi", hold_out="clean prompts").batch("valid")
+    assert same.words is None

@@ -14,8 +14,10 @@ from mgprune.compact import blended
 from mgprune.gates import HardConcrete, Sigmoid
 from mgprune.models import InputError, frozen
 from mgprune.passes import free_bytes, kept_for_return, nbytes
+from mgprune.planning import check_plan, in_words, tried
+from mgprune.recipe import Asked, Goal, Recipe
+from mgprune.search import Search, next_size, slopes, step
 from mgprune.streams import MOST_KEPT, bind, prepare, reference_of, room
-from mgprune.training import Asked, Goal, Recipe, Search, check_plan, in_words, next_size, slopes, step, tried
 from mgprune.tree import DEFAULT_LEVELS
 
 SMALL = Recipe(steps=30, batch_size=16, pairs=24, confidence=None)

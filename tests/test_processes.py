@@ -13,7 +13,8 @@ from families import short_search, tiny
 from mgprune import Circuit, discover, load_model, tasks
 from mgprune.compact import LAYOUTS
 from mgprune.models import EMBEDDED
-from mgprune.training import Recipe, share, together
+from mgprune.processes import share, together
+from mgprune.recipe import Recipe
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 

@@ -301,6 +301,15 @@ def test_readme_is_what_index_says():
         assert (ROOT / "index_files" / f"figure-{number}.png").read_bytes() == picture, "run .ci/readme.py"
 
 
+def test_the_first_page_calls_tutorials_and_benchmarks_by_their_titles():
+    # which the sidebar shows too
+    lines = [line for cell in cells(ROOT / "nbs" / "index.ipynb", "markdown") for line in cell["source"].splitlines() if line.startswith("|")]
+    named = re.findall(r"\[([^\]]+)\]\(((?:tutorials|benchmarks)/\w+\.ipynb)\)", "\n".join(lines))
+    for name, page in named: assert cells(ROOT / "nbs" / page, "markdown")[0]["source"].splitlines()[0] == f"# {name}"
+    there = {p.relative_to(ROOT / "nbs").as_posix() for p in NOTEBOOKS if p.parent.name in ("tutorials", "benchmarks")}
+    assert {page for _, page in named} == there
+
+
 def test_sidebar_lists_every_notebook_once():
     config = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
     listed = list(pages(config["website"]["sidebar"]["contents"]))

@@ -15,11 +15,12 @@ import torch
 
 import kills
 import resumed
-from mgprune import Circuit, cli, discover, load_model, plots, sweep, tasks, training
+from mgprune import Circuit, cli, discover, files, load_model, planning, plots, processes, recipe, resume, search, sweep, tasks, training
+from mgprune.ablations import ablation_named
 from mgprune.files import LOCK, STATE, read_state, working_in, write_state
 from mgprune.gates import HardConcrete, StraightThrough
 from mgprune.models import InputError
-from mgprune.training import Recipe
+from mgprune.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 QUICK = dict(recipe=Recipe(steps=24, pairs=32, confidence=None), progress=False)
@@ -51,13 +52,13 @@ def test_a_search_that_was_interrupted_ends_in_the_same_bits(model, task, tmp_pa
         folder = tmp_path / "-".join(map(str, breaks))
         for number, k in enumerate(breaks):
             with monkeypatch.context() as patch:
-                original, taken = training.step, []
+                original, taken = search.step, []
                 def step(search):
                     if len(taken) == k - 1:
                         if number % 2: original(search)  # done, but not noted
                         raise (KeyboardInterrupt, RuntimeError)[number % 2]
                     taken.append(original(search))
-                patch.setattr(training, "step", step)
+                patch.setattr(search, "step", step)
                 with pytest.raises((KeyboardInterrupt, RuntimeError)): discover(model, task, **QUICK, **options, save=folder)
         found = discover(model, task, **QUICK, **options, save=folder)
         assert same(found, whole) and same(Circuit.load(folder / "circuit.json", model), whole)
@@ -67,7 +68,7 @@ def test_a_search_that_was_interrupted_ends_in_the_same_bits(model, task, tmp_pa
 def test_a_sweep_goes_on_too(model, task, tmp_path, monkeypatch):
     whole = sweep(model, task, [.3, .1], **QUICK)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "noted", stopping(training.noted, 9))
+        patch.setattr(search, "noted", stopping(search.noted, 9))
         with pytest.raises(KeyboardInterrupt): sweep(model, task, [.3, .1], **QUICK, save=tmp_path)
     assert read_state(tmp_path)[1]["steps"] == 8
     with monkeypatch.context() as patch:  # the search is at its end, and one of its circuits is written
@@ -92,7 +93,7 @@ def stopping(f, k):
 
 
 def test_the_same_bits_where_it_is_looked_only_now_and_then(model, task, tmp_path, monkeypatch):
-    class Accelerated(training.Search):
+    class Accelerated(search.Search):
         def __init__(self, *of, **options):
             super().__init__(*of, **options)
             self.period = 5
@@ -100,7 +101,7 @@ def test_the_same_bits_where_it_is_looked_only_now_and_then(model, task, tmp_pat
     whole = discover(model, task, keep=.2, **QUICK)
     for k in (3, 8, 14, 20):
         with monkeypatch.context() as patch:
-            patch.setattr(training, "slopes", stopping(training.slopes, k + 1))
+            patch.setattr(search, "slopes", stopping(search.slopes, k + 1))
             with pytest.raises(KeyboardInterrupt): discover(model, task, keep=.2, **QUICK, save=tmp_path / str(k))
         state = read_state(tmp_path / str(k))
         assert state[1]["steps"] == k // 5 * 5 if k >= 5 else state is None
@@ -110,13 +111,13 @@ def test_the_same_bits_where_it_is_looked_only_now_and_then(model, task, tmp_pat
 def test_interrupted_at_any_line(model, task, tmp_path, monkeypatch):
     "An interruption as Ctrl-C makes it, between any two lines of the search, of what notes it and of what writes it"
     draw, whole = random.Random(0), discover(model, task, keep=.2, **QUICK)
-    monkeypatch.setattr(training, "BETWEEN", 0)
-    files = {Path(training.__file__), Path(training.__file__).with_name("files.py")}
+    monkeypatch.setattr(resume, "BETWEEN", 0)
+    watched = {Path(module.__file__) for module in (files, processes, recipe, search, resume, planning, training)}
     for number in range(12):
         left = draw.randrange(1, 6000)
         def trace(frame, event, arg):
             nonlocal left
-            if Path(frame.f_code.co_filename) not in files: return None
+            if Path(frame.f_code.co_filename) not in watched: return None
             left -= 1
             if left == 0: raise KeyboardInterrupt
             return trace
@@ -139,16 +140,16 @@ def test_killed_at_any_moment():
 
 def test_seconds_add_up_and_pieces_are_written_now_and_then(model, task, tmp_path, monkeypatch):
     writes = []
-    monkeypatch.setattr(training, "write_state", lambda *of: (writes.append(of[2]), write_state(*of)))
+    monkeypatch.setattr(resume, "write_state", lambda *of: (writes.append(of[2]), write_state(*of)))
     with monkeypatch.context() as patch:
-        patch.setattr(training, "noted", stopping(training.noted, 9))
+        patch.setattr(search, "noted", stopping(search.noted, 9))
         with pytest.raises(KeyboardInterrupt): discover(model, task, keep=.2, **QUICK, save=tmp_path)
     assert [w["steps"] for w in writes] == [1, 8]
     tensors, values = read_state(tmp_path)
     write_state(tmp_path, tensors, values | dict(seconds=1000 + values["seconds"]))
     circuit = discover(model, task, keep=.2, **QUICK, save=tmp_path)
     assert 1000 < circuit.provenance.seconds < 1100 and [w["steps"] for w in writes] == [1, 8, 9, 24]
-    monkeypatch.setattr(training, "BETWEEN", 0)
+    monkeypatch.setattr(resume, "BETWEEN", 0)
     discover(model, task, keep=.2, **QUICK, save=tmp_path / "other")
     assert len(writes) == 4 + 24
 
@@ -160,7 +161,7 @@ def test_a_finished_search_is_read_back_and_cut_again_where_its_circuit_is_gone(
         again = discover(model, task, kl=.2, recipe=QUICK["recipe"], save=tmp_path)
     assert same(again, whole) and again.provenance.seconds == whole.provenance.seconds and "read back" in capsys.readouterr().out
     (tmp_path / "circuit.json").unlink()
-    monkeypatch.setattr(training, "step", stopping(training.step, 1))
+    monkeypatch.setattr(search, "step", stopping(search.step, 1))
     assert same(discover(model, task, kl=.2, **QUICK, save=tmp_path), whole)
 
 
@@ -175,11 +176,11 @@ def test_a_full_disk_ends_no_search(model, task, tmp_path, monkeypatch):
 
 
 def test_answers_in_other_bits_are_warned_about(model, task, tmp_path, monkeypatch):
-    def half(host, pairs, reference, output): return training.ablation_named("corrupt")(host, pairs, reference, output)
-    def zero(host, pairs, reference, output): return training.ablation_named("zero")(host, pairs, reference, output)
+    def half(host, pairs, reference, output): return ablation_named("corrupt")(host, pairs, reference, output)
+    def zero(host, pairs, reference, output): return ablation_named("zero")(host, pairs, reference, output)
     zero.__name__ = "half"
     with monkeypatch.context() as patch:
-        patch.setattr(training, "noted", stopping(training.noted, 9))
+        patch.setattr(search, "noted", stopping(search.noted, 9))
         with pytest.raises(KeyboardInterrupt): discover(model, task, keep=.2, ablation=half, **QUICK, save=tmp_path)
     with pytest.warns(UserWarning, match="not the same to the last bit"): discover(model, task, keep=.2, ablation=zero, **QUICK, save=tmp_path)
 
@@ -191,7 +192,7 @@ def broken_off(model, task, tmp_path_factory):
     "The folder of a search that was interrupted"
     folder = tmp_path_factory.mktemp("runs") / "broken_off"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "noted", stopping(training.noted, 9))
+        patch.setattr(search, "noted", stopping(search.noted, 9))
         with pytest.raises(KeyboardInterrupt): discover(model, task, keep=.2, **QUICK, save=folder)
     return folder
 
@@ -221,7 +222,7 @@ def test_other_pairs_weights_and_versions_are_refused(model, task, broken_off, m
     other = load_model()
     with torch.no_grad(): other.transformer.h[0].mlp.c_proj.bias[0] += 1
     assert ": fingerprint of the model was " in refused(other, task)
-    monkeypatch.setattr(training, "versions", lambda: dict(mgprune="0.0.9"))
+    monkeypatch.setattr(resume, "versions", lambda: dict(mgprune="0.0.9"))
     assert "version of mgprune was " in refused(model, task) and content(broken_off) == before
     with pytest.raises(InputError, match="holds another search: keep was 0.2"): sweep(model, task, [.2], **QUICK, save=broken_off)
 
@@ -280,7 +281,7 @@ def test_an_interrupted_command_says_how_to_go_on_and_does(tmp_path, monkeypatch
     assert cli.main([*command, str(other)]) == 0
     def interrupt(*options):
         with monkeypatch.context() as patch:
-            patch.setattr(training, "noted", stopping(training.noted, 20))
+            patch.setattr(search, "noted", stopping(search.noted, 20))
             assert cli.main([*command, str(out), *options]) == 130
         return capsys.readouterr().err
     assert f"mgprune: interrupted. The same command goes on from '{out / 'search'}'" in interrupt().splitlines()

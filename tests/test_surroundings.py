@@ -14,9 +14,9 @@ from mgprune.circuit import from_kept
 from mgprune.hooks import host_of
 from mgprune.models import InputError
 from mgprune.passes import answer_logits, circuit_logits, record
+from mgprune.recipe import Recipe
 from mgprune.sites import find_sites
 from mgprune.streams import prepare
-from mgprune.training import Recipe
 
 QUICK = Recipe(steps=20, confidence=None)
 

@@ -424,7 +424,7 @@ REFUSED = [
     (dict(answer=[]), "pair 2: answer is missing or empty"),
     (dict(answer=[""]), r"pair 2: Pair: answer=\(''.*\): expected one or more texts, none of them empty"),
     (dict(answer="Anna"), "pair 2: answer 'Anna' is not one token but .*; ' Anna', with the space before it, is one"),
-    (dict(wrong=[" Lucy"]), r"pair 2: \[' Lucy'\] is given as right and as wrong"),
+    (dict(wrong=[" Lucy"]), r"pair 2: \[' Lucy'\] is given as correct and as wrong"),
     (dict(clean=""), "pair 2: clean is missing or empty"),
     (dict(clean=3), "pair 2: Pair: clean=3: expected a text"),
     (dict(answer=3), "pair 2: 3 as an answer: expected a text in quotes"),

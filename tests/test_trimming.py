@@ -8,8 +8,8 @@ from mgprune.circuit import from_kept, from_scores, full_circuit
 from mgprune.checks import trusted
 from mgprune.evaluation import bound, cut_by_size
 from mgprune.objective import kl_divergence
+from mgprune.recipe import Recipe
 from mgprune.streams import prepare
-from mgprune.training import Recipe
 from mgprune.trimming import closing, parts, trimmed, without
 
 
@@ -60,7 +60,7 @@ def test_the_bound_is_held_and_not_the_mean_alone(model, examples):
     circuit = from_kept(kept, examples.sites)
     for confidence in (None, .95):
         small = trimmed(circuit, examples, .5, confidence)
-        assert bound(divergence(small, examples), confidence) <= .5
+        assert bound(divergence(small, examples), confidence, examples.batch.words) <= .5
         assert small.provenance.trimmed["neurons"] == small.n_neurons() < small.provenance.trimmed["before"]
 
 
@@ -68,13 +68,13 @@ def test_where_it_is_to_be_sure_all_pairs_say_so(model):
     examples = prepare(model, tasks.ioi(model, n=(64, 200, 64)), "valid")
     kept = {"head": torch.ones(4, 4, dtype=torch.bool), "mlp": torch.tensor([True, False, False, False])}
     circuit = from_kept(kept, examples.sites)
-    allowed = bound(divergence(circuit, examples), .95) + .02
+    allowed = bound(divergence(circuit, examples), .95, examples.batch.words) + .02
     small = trimmed(circuit, examples, allowed, .95, sure=True)
     cost = closing(small, examples)
-    assert small.provenance.trimmed["sure"] and bound(divergence(small, examples), .95) <= allowed
-    for part in parts(small, cost) + parts(small, cost, .1): assert bound(divergence(without(small, part), examples), .95) > allowed
+    assert small.provenance.trimmed["sure"] and bound(divergence(small, examples), .95, examples.batch.words) <= allowed
+    for part in parts(small, cost) + parts(small, cost, .1): assert bound(divergence(without(small, part), examples), .95, examples.batch.words) > allowed
     quick = trimmed(circuit, examples, allowed, .95)  # which may leave more, and never breaks the budget
-    assert bound(divergence(quick, examples), .95) <= allowed and quick.n_neurons() >= .9 * small.n_neurons()
+    assert bound(divergence(quick, examples), .95, examples.batch.words) <= allowed and quick.n_neurons() >= .9 * small.n_neurons()
 
 
 def test_neurons_are_tried_by_their_slope(model, examples):

@@ -7,8 +7,9 @@ from families import pairs, tiny
 from mgprune.checks import trusted
 from mgprune.models import frozen
 from mgprune.passes import answer_logits
+from mgprune.recipe import Goal, Recipe
+from mgprune.search import Search, step
 from mgprune.streams import prepare
-from mgprune.training import Goal, Recipe, Search, step
 from mgprune.tree import DEFAULT_LEVELS
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_consecutive", "_unique2", "repeat_interleave.Tensor", "item", "is_nonzero"}

@@ -9,10 +9,10 @@ from families import holds, pairs, short_search, tiny
 from mgprune import Circuit, discover, evaluate, load_model, tasks
 from mgprune.circuit import from_kept, full_circuit
 from mgprune.models import InputError, fingerprint
+from mgprune.recipe import Recipe
 from mgprune.sites import find_sites
 from mgprune.passes import answer_logits
 from mgprune.streams import prepare
-from mgprune.training import Recipe
 
 QUICK = Recipe(steps=20, confidence=None)
 
