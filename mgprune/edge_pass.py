@@ -502,6 +502,19 @@ def check_parts(
         f"{type(host.model).__name__}: the rows of the projections before {host.sites.attention[0]} are not queries, keys and "
         "values in the order that is known, so that edges into them cannot be told apart")
 
+# %% ../nbs/44_edge_pass.ipynb #a01768e6
+def rounding(
+    host: Host,     # model with its sites
+    frame: Frame,   # of the model
+    held: Streams,  # of a run
+) -> float:
+    "By how much logits may be off because of what they are sums of, however small the sums are"
+    inside: Any = unwrapped(host.model)
+    weight, x = inside.get_output_embeddings().weight, frame.norms[-1].forward(held.stream[-1][:, -1:])
+    if not weight.is_floating_point(): return 0.
+    def longest(rows): return torch.linalg.vector_norm(rows, dim=-1).max().item()
+    return 32 * step_of(x) * longest(x) * longest(weight)
+
 # %% ../nbs/44_edge_pass.ipynb #8e6c6be1
 def check_edges(
     host: Host,    # model with its sites
@@ -515,7 +528,7 @@ def check_edges(
         for value in (1., 0.):
             edges = held.stream[0].new_full((len(wires.readers), len(wires.writers)), value)
             with wired(wires, edges, lambda: held): found.append(answer_logits(host.model, batch.clean, batch.attention_mask))
-    off, allowed = apart(found[0], full), 4 * step_of(full) ** .75 * full.abs().max().item()
+        off, allowed = apart(found[0], full), max(4 * step_of(full) ** .75 * full.abs().max().item(), rounding(host, frame, held))
     assert held.logits is not None, "recorded with every pass"
     if not off <= allowed: raise InputError(
         f"open edges change what {type(host.model).__name__} answers by {off:.2g} (allowed: {allowed:.2g}): it cannot be used")

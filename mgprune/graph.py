@@ -23,7 +23,7 @@ from safetensors.torch import load as load_arrays, save as save_arrays
 from .applied import counted_as_applied, recorded_prompts
 from .arguments import Count, InputError, checked, expect, printable, shown
 from .circuit import (Circuit, Provenance, as_text, check_consistent, check_model, check_provenance, check_same_shape,
-                             intersection, json_path, provenance_of, readable, sites_of, tensors_of, union)
+                             intersection, json_path, needed, provenance_of, readable, sites_of, tensors_of, union)
 from .edge_pass import Streams, logits_with, prepare_edges, wired, wires_of
 from .evaluation import measures
 from .export import mib
@@ -207,14 +207,15 @@ def combined(
 def in_text(
     graph: Graph,  # any
 ) -> str:
-    "The graph for a terminal: what it is, its edges in both conventions, and its measures"
+    "The graph for a terminal: what it is, its edges in both conventions, its measures, and what its edges are needed for"
     p, metrics = graph.provenance, graph.provenance.metrics or {}
     head = " ".join(["Graph", *(f"{word} {printable(p[k])}" for k, word in (("model", "of"), ("task", "for")) if k in p)])
     names = {"ACDC": "edges as ACDC", "group": "edges by group"}
     rows = [f"  {names[how]:<17}{n:>9,} of {total:>9,}{n / total:>9.1%}" for how, (n, total) in graph.counts().items()]
     nodes = f"  {len(graph.writers())} writers, {len(graph.readers())} readers"
     said = ", ".join(f"{printable(k).replace('_', ' ')} {v:.3g}" for k, v in metrics.items() if isinstance(v, float))
-    return "\n".join([head, *rows, nodes, *(["  " + said] if said else [])])
+    last = said, needed(replace(graph.circuit, provenance=graph.provenance))
+    return "\n".join([head, *rows, nodes, *("  " + line for line in last if line)])
 
 # %% ../nbs/45_graph.ipynb #07913053
 Way = tuple[float, tuple[str, ...]]  # its strength, and the readers on it

@@ -7,13 +7,19 @@ import torch
 
 from mgprune import edges, tasks
 from mgprune.arguments import InputError
-from mgprune.circuit import from_kept
-from mgprune.edge_pass import prepare_edges
-from mgprune.edge_search import true_edges, whole_nodes
+from mgprune.circuit import from_kept, full_circuit
+from mgprune.edge_controls import scrubbed
+from mgprune.edge_pass import edge_logits, prepare_edges, wired_logits
+from mgprune.edge_search import (budget_of, closing_slopes, irreducible, neuron_slopes, thinned, true_edges, whole_nodes, with_gates)
+from mgprune.evaluation import bound
 from mgprune.graph import Graph
+from mgprune.models import frozen
+from mgprune.objective import kl_divergence
+from mgprune.passes import answer_logits
 from mgprune.planted import plant
 from mgprune.recipe import Recipe
 from mgprune.sites import find_sites
+from mgprune.wiring import Wiring, closed_edges, edges_among
 
 TRUE = dict(ioi=10, greater_than=3, gendered_pronoun=3)
 
@@ -23,18 +29,71 @@ def planted():
     return plant(pairs=64)
 
 
-@pytest.mark.parametrize("name, recipe", [("ioi", None), ("ioi", Recipe(steps=20)), ("greater_than", None), ("gendered_pronoun", None)])
-def test_planted_edges_are_found_and_no_others(planted, name, recipe):
-    model, circuit = planted.model, from_kept(planted.truth[name], find_sites(planted.model))
-    task = tasks.load(model, name, n=(32, 16, 8))
-    true = true_edges(whole_nodes(circuit), prepare_edges(circuit, model, task, "train", 32))
-    graph = edges(circuit, model, task, recipe=recipe)
+def circuit_of(planted, name): return from_kept(planted.truth[name], find_sites(planted.model))
+
+
+@pytest.mark.parametrize("architecture, name, among, learn", [
+    ("gpt2", "ioi", "all", False), ("gpt2", "greater_than", "survivors", True), ("llama", "gendered_pronoun", "all", False)])
+def test_planted_edges_are_found_and_no_others(planted, architecture, name, among, learn):
+    if architecture != "gpt2": planted = plant(pairs=64, architecture=architecture)
+    model, circuit = planted.model, circuit_of(planted, name)
+    task = tasks.load(model, name, n=(16, 64, 8))
+    true = true_edges(whole_nodes(circuit), prepare_edges(circuit, model, task, "train", 16))
+    graph = edges(None if among == "all" else circuit, model, task, learn=learn, recipe=Recipe(steps=20))
     assert int(true.sum()) == TRUE[name] and torch.equal(graph.kept, true)
+    if among == "all": assert graph.circuit == full_circuit(find_sites(model))
+
+
+def test_what_is_left_is_needed_and_what_is_said_of_it_is_measured(planted):
+    model, task = planted.model, tasks.greater_than(planted.model, n=(32, 64, 8))
+    circuit = circuit_of(planted, "greater_than")
+    whole, wiring = whole_nodes(circuit), Wiring(circuit.sites)
+    budget, train = budget_of(whole, model, task, .2, None, .95), prepare_edges(whole, model, task, "train", 16)
+    among = edges_among(wiring, whole)
+    kept, said = irreducible(among, whole, budget, closing_slopes(among, whole, train))
+    assert said["before"] == int(among.sum()) > said["edges"] == int(kept.sum()) == len(said["over"]["edge"])
+    full = budget.pairs.full
+    def over(some):
+        each = kl_divergence(full, edge_logits(whole, model, budget.pairs, some.float())).double()
+        return bound(each, .95, budget.pairs.batch.words) - .2
+    assert over(kept) <= 0
+    for reader, writer in kept.nonzero().tolist():
+        fewer = kept.clone()
+        fewer[reader, writer] = False
+        assert over(closed_edges(wiring, fewer)) > 0
+
+
+def test_a_graph_of_fewer_neurons_is_computed_saved_and_applied_with_these(planted, tmp_path):
+    model, task = planted.model, tasks.greater_than(planted.model, n=(16, 64, 8))
+    circuit = circuit_of(planted, "greater_than")
+    graph = Graph(edges_among(Wiring(circuit.sites), whole_nodes(circuit)), whole_nodes(circuit))
+    thin = thinned(graph, model, task, kl=.1, recipe=Recipe(steps=20))
+    assert thin.circuit.n_neurons() < graph.circuit.n_neurons() / 2 and 0 < len(thin) <= len(graph)
+    assert thin.provenance.metrics["valid_kl_bound"] <= .1
+    again, batch = Graph.load(thin.save(tmp_path / "thin"), model), task.batch("test")
+    assert again == thin and again.circuit == thin.circuit
+    with again.applied(model, task), torch.no_grad(): answers = answer_logits(model, batch.clean, batch.attention_mask)
+    assert torch.allclose(answers, edge_logits(thin.circuit, model, task, thin.kept.float()), atol=1e-3)
+
+
+def test_slopes_of_neurons_are_those_of_closing_them_a_little(planted):
+    model, circuit = planted.model, whole_nodes(circuit_of(planted, "greater_than"))
+    examples = prepare_edges(circuit, model, tasks.greater_than(model, n=(8, 8, 8)), "train", 4)
+    graph = Graph(edges_among(Wiring(circuit.sites), circuit), circuit)
+    wires = graph.wires(model)
+    own = graph.kept[wires.readers][:, wires.writers].float()
+    slopes = neuron_slopes(wires, own, examples, steps=1)  # in the middle
+    def loss(gates):
+        with torch.no_grad(), frozen(model):
+            return kl_divergence(examples.full.double(), wired_logits(with_gates(wires, gates), examples, own).double()).mean()
+    for i in slopes.abs().argsort(descending=True)[:3].tolist():
+        step = torch.zeros(len(slopes)).index_fill(0, torch.tensor([i]), .05)
+        assert abs((loss(.5 + step) - loss(.5 - step)) / .1 - slopes[i]) < .02 * slopes[i].abs() + 1e-3
 
 
 def test_a_file_says_all_of_a_search(planted, tmp_path):
-    model, circuit = planted.model, from_kept(planted.truth["greater_than"], find_sites(planted.model))
-    graph = edges(circuit, model, tasks.greater_than(model, n=(8, 8, 8)), recipe=Recipe(steps=3), kl=.2)
+    model, circuit = planted.model, circuit_of(planted, "greater_than")
+    graph = edges(circuit, model, tasks.greater_than(model, n=(8, 64, 8)), recipe=Recipe(steps=3), kl=.2)
     again = Graph.load(graph.save(tmp_path / "graph"), model)
     assert again == graph and torch.equal(again.scores, graph.scores)
     assert dict(again.provenance) == json.loads(json.dumps(dict(graph.provenance)))
@@ -45,11 +104,23 @@ def test_a_file_says_all_of_a_search(planted, tmp_path):
         with torch.no_grad(): next(model.parameters()).sub_(1)
 
 
-def test_a_budget_that_nothing_holds_is_said(planted):
-    model, circuit = planted.model, from_kept(planted.truth["ioi"], find_sites(planted.model))
+def test_a_budget_that_nothing_holds_is_said_and_too_few_pairs_are_refused(planted):
+    model, circuit, off = planted.model, circuit_of(planted, "ioi"), Recipe(confidence=None)
+    other = tasks.gendered_pronoun(model, n=(8, 8, 8))
     with pytest.warns(UserWarning, match="no graph holds"):
-        graph = edges(circuit, model, tasks.gendered_pronoun(model, n=(8, 8, 8)), kl=.01, recipe=None)
-    assert graph.provenance.metrics["valid_kl"] > .01
+        graph = edges(circuit, model, other, kl=.01, learn=False, recipe=off)
+    assert graph.provenance.metrics["valid_kl"] > .01 and "over" in graph.provenance.trimmed
+    with pytest.raises(InputError, match="expected at least 59"): edges(circuit, model, other, kl=.01)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        edges(circuit, model, tasks.ioi(model, n=(8, 8, 8)), kl=.2, recipe=None)
+        share = edges(circuit, model, tasks.ioi(model, n=(8, 8, 8)), kl="10%", faithfulness=.3, learn=False, recipe=off)
+    assert len(share) and share.provenance.settings["kl"] == "10%"
+
+
+def test_scrubbing_takes_what_another_pair_holds(planted):
+    model, circuit = planted.model, whole_nodes(circuit_of(planted, "ioi"))
+    task = tasks.ioi(model, n=(32, 8, 8))
+    graph = Graph(edges_among(Wiring(circuit.sites), circuit), circuit)
+    marks, test = scrubbed(graph, model, task), task.batch("test")
+    assert marks["closed_kl"] > 10 * marks["kl"] and marks["closed_scrubbed_kl"] > 10 * marks["scrubbed_kl"]
+    assert marks == scrubbed(graph, model, task) and scrubbed(graph, model, test)["kl"] == marks["kl"]

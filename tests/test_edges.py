@@ -7,8 +7,9 @@ import torch
 from families import TINY, pairs, tiny
 from mgprune.arguments import InputError
 from mgprune.attribution import WORTH
-from mgprune.checks import trusted
+from mgprune.checks import short_pairs, trusted
 from mgprune.circuit import from_kept, full_circuit
+from mgprune.compiled import build, read_program
 from mgprune.edge_pass import check_parts, edge_logits, edge_scores, framed, logits_with, prepare_edges, wired_logits, wires_of
 from mgprune.passes import answer_logits
 from mgprune.streams import prepare
@@ -261,3 +262,10 @@ def test_a_model_is_left_as_it_came():
     with pytest.raises(RuntimeError): wired_logits(wires, examples, torch.full((3, 3), .5))  # in the middle of a pass
     after = [(name, [*vars(m)], len(m._forward_hooks) + len(m._forward_pre_hooks)) for name, m in model.named_modules()]
     assert after == before and not any(p.grad is not None for p in model.parameters())
+
+
+def test_a_model_whose_logits_cancel_to_nothing_is_not_refused():
+    model, *_ = build(read_program("count"), 0)
+    host, batch = trusted(model), short_pairs(model)
+    with torch.no_grad(): full = answer_logits(model, batch.clean, batch.attention_mask)
+    assert full.abs().max() < 1e-3 and framed(host).wiring == Wiring(host.sites)
