@@ -329,6 +329,13 @@ def layouts(
     return [Layout(tuple(attention_readers(host, i, mixed) for i in layers), mlp) for mixed in (False, True)]
 
 # %% ../nbs/14_compact.ipynb #eb9c3e92
+def is_watched(
+    module: Any,  # any
+) -> bool:
+    "Whether a hook sees what it computes; those that transformers leaves where attentions were asked for sleep meanwhile"
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+
 def readers_at(
     host: Host,  # model with its sites
     site: str,   # "attention" or "mlp"
@@ -340,8 +347,7 @@ def readers_at(
     if not readers: return ()
     name = getattr(host.sites, site)[i]
     inside = host.module(name.rpartition(".")[0]).modules()
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in inside)
-    return readers if not hooked and all(map(is_plain, (host.module(name), *(r.module for r in readers)))) else ()
+    return readers if not any(map(is_watched, inside)) and all(map(is_plain, (host.module(name), *(r.module for r in readers)))) else ()
 
 def places_of(
     host: Host,           # model with its sites

@@ -522,9 +522,14 @@ def eager(
 ) -> Generator[torch.nn.Module]:
     "Within the context the model computes attention in the plain way, which can be looked at; afterwards as before"
     before = model.config._attn_implementation
+    there = {module: ({*vars(module)}, {*module._forward_hooks}) for module in model.modules()}
     model.set_attn_implementation("eager")
     try: yield model
-    finally: model.set_attn_implementation(before)
+    finally:
+        model.set_attn_implementation(before)
+        for module, (names, hooks) in there.items():  # transformers leaves some where it was asked for attentions
+            for name in {*vars(module)} - names: delattr(module, name)
+            for key in {*module._forward_hooks} - hooks: del module._forward_hooks[key]
 
 def read_ids(
     model: Any,   # a Hugging Face causal language model with its tokenizer

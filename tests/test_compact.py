@@ -165,3 +165,18 @@ def test_saved_while_it_is_compacted_the_weights_are_whole(tmp_path):
     with from_scores(scores, trusted(model).sites).compact(model, batch): model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+
+
+def test_looking_at_attentions_leaves_the_model_as_it_came_and_hides_nothing_from_compaction():
+    "What transformers hooks in for good where a user asks for attentions is no reason to mask either"
+    from mgprune.plots import attention_patterns
+    model = load_model()
+    host, before = trusted(model), state(model)
+    attention_patterns(model, "Mary and John", [(0, 1)])
+    assert str(state(model)) == str(before) and not any(m._forward_hooks for m in model.modules())
+    model.set_attn_implementation("eager")
+    model(torch.tensor([[1, 2]]), output_attentions=True)
+    assert any(m._forward_hooks for m in model.modules()) and all(readers_at(host, "attention", i) for i in range(host.sites.n_layers))
+    handle = host.module(host.sites.attention[0]).register_forward_hook(lambda *_: None)
+    assert not readers_at(host, "attention", 0) and readers_at(host, "attention", 1)
+    handle.remove()
