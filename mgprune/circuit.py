@@ -278,6 +278,7 @@ FIRST = dict(  # the measures to read first, with what they mean
     kl="nats from the full model's answers, 0 is none",
     faithfulness="share of the full model's logit difference recovered, 1 is all",
     accuracy="share of prompts correct")
+ANSWERS = "nats, with the tokens in three classes: correct, wrong, any other"
 OTHERS = dict(full="full model", closed="fully ablated")  # what a measure is compared with
 
 def title(
@@ -294,6 +295,13 @@ def level_rows(
     return [(l.replace("_", " "), f"{n:,}", f"{total:,}", f"{n / total:.1%}") for l, (n, total) in circuit.counts().items()]
 
 # %% ../nbs/18_circuit.ipynb #2ce0b7e1
+def first_measures(
+    circuit: Circuit,  # any
+) -> dict[str, str]:
+    "The measures to read first, with what they mean; that over the answers, where the search was for it, comes before all"
+    by_answers = (circuit.provenance.settings or {}).get("over") == "answers"
+    return (dict(answers_kl=ANSWERS) if by_answers else {}) | FIRST
+
 def measure_rows(
     circuit: Circuit,  # any
 ) -> list[tuple[str, str, str]]:
@@ -301,14 +309,14 @@ def measure_rows(
     known = {k: v for k, v in (circuit.provenance.metrics or {}).items() if isinstance(v, (int, float))}
     def beside(name): return [f"{who} {known[f'{k}_{name}']:.3g}" for k, who in OTHERS.items() if f"{k}_{name}" in known]
     return [(name, f"{known[name]:.3g}", "; ".join([meaning, *([", ".join(beside(name))] if beside(name) else [])]))
-            for name, meaning in FIRST.items() if name in known]
+            for name, meaning in first_measures(circuit).items() if name in known]
 
 def notes_below(
     circuit: Circuit,  # any
 ) -> list[str]:
     "What is said below the tables: the measures that they leave out, and what each part is needed for"
     compared = tuple(f"{side}_" for side in OTHERS)
-    left = [printable(k) for k in circuit.provenance.metrics or {} if k not in FIRST and not k.startswith(compared)]
+    left = [printable(k) for k in circuit.provenance.metrics or {} if k not in first_measures(circuit) and not k.startswith(compared)]
     more = f"more in provenance.metrics: {', '.join(left)}" if left else ""
     return [line for line in (more, needed(circuit)) if line]
 
