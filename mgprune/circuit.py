@@ -22,6 +22,7 @@ from .files import digest, write_file
 from .gates import is_open
 from .hooks import Host, host_of
 from .models import Model
+from .objective import Over
 from .sites import Sites
 from .tree import LEVELS, NEURONS, ByLevel, SiteMasks, check_values, close, level_shapes, lowest, n_nodes, site_masks
 
@@ -316,7 +317,8 @@ def notes_below(
 ) -> list[str]:
     "What is said below the tables: the measures that they leave out, and what each part is needed for"
     compared = tuple(f"{side}_" for side in OTHERS)
-    left = [printable(k) for k in circuit.provenance.metrics or {} if k not in first_measures(circuit) and not k.startswith(compared)]
+    shown = first_measures(circuit)
+    left = [printable(k) for k in circuit.provenance.metrics or {} if k not in shown and not k.startswith(compared)]
     more = f"more in provenance.metrics: {', '.join(left)}" if left else ""
     return [line for line in (more, needed(circuit)) if line]
 
@@ -585,7 +587,7 @@ def sites_of(
 
 # %% ../nbs/18_circuit.ipynb #5fcdfdb4
 SETTINGS = {"threshold": Number, "kl": Number | None, "keep": Number | list[Number] | None, "penalties": dict[str, Number] | None,
-            "levels": list[str], "recipe": dict[str, Any], "gate": dict[str, Any]}
+            "over": Over, "levels": list[str], "recipe": dict[str, Any], "gate": dict[str, Any]}
 
 def check_provenance(
     data: Any,  # what a file says

@@ -138,8 +138,8 @@ def search_options(
     option("--levels", nargs="+", default=DEFAULT_LEVELS, metavar="L",
            help=f"levels to search, of {', '.join(LEVELS)} (default: {','.join(DEFAULT_LEVELS)})")
     option("--over", choices=[*DIVERGENCES], default="vocabulary", metavar="O",
-           help="what the divergence is over: vocabulary, all tokens; or answers, the right ones, the wrong ones and anything else "
-                "(default: vocabulary)")
+           help="what the divergence is over: vocabulary, all tokens; or answers, the right ones, the wrong ones and anything "
+                "else (default: vocabulary)")
     option("--seed", type=int, default=0, metavar="N", help="of the search; the pairs stay the same (default: 0)")
     option("--steps", type=int, metavar="N",
            help="of the search: fewer are faster and find larger circuits (default: as many as the recipe says)")

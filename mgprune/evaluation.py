@@ -19,7 +19,7 @@ from .ablations import name_of
 from .arguments import Count, InputError, Must, Share, checked
 from .circuit import Circuit, CircuitFirst, from_scores
 from .models import Model
-from .objective import Over, divergence, is_right, kl_divergence, logit_difference, probability_difference
+from .objective import Over, divergence, is_right, logit_difference, probability_difference
 from .sites import Sites
 from .streams import Examples, Pairs, logits_of, prepare, prepare_for
 from .tree import ByLevel, check_values, lowest
@@ -92,7 +92,7 @@ def evaluate(
     - logit_difference: log odds of the correct answers against the wrong ones, averaged
     - probability_difference: probability of the correct answers less that of the wrong ones, averaged
     - full_accuracy, full_logit_difference, full_probability_difference: of the full model
-    - closed_kl, closed_answers_kl, closed_accuracy, closed_logit_difference, closed_probability_difference: with all nodes ablated
+    - closed_kl, closed_answers_kl, closed_accuracy, closed_logit_difference, closed_probability_difference: with none open
     """
     examples = prepare_for(circuit, model, task, ablation, reference, batch_size)
     return measured(circuit, examples) | both_ablations(circuit, examples)
@@ -230,6 +230,7 @@ def excess_over(
         if end < total and (each.mean(1) - doubt > 0).any(): return each.mean(1), each
     return bounds(each, examples, confidence), each
 
+# %% ../nbs/21_evaluation.ipynb #290dedbd
 def holds(
     circuit: Circuit,    # found on the model of the examples
     examples: Examples,  # to measure on

@@ -136,6 +136,17 @@ def expected(
         if end >= total or (by + change.mean(1) - doubt > 0).any(): break
     return by + change.mean(1)
 
+# %% ../nbs/22_trimming.ipynb #716c3cb3
+def of_those_left(
+    circuit: Circuit,  # whose parts
+    over: dict[tuple[str, str, tuple[int, ...]], float],  # kind, level and node of a part -> by how much it is over without it
+) -> dict[str, dict[str, float]]:
+    "By how much it is over without each part that it has: kind -> node -> nats"
+    left: dict[str, dict[str, float]] = {}
+    for (kind, level, node), by_itself in over.items():
+        if circuit.kept[level][node]: left.setdefault(kind, {})[".".join(map(str, node))] = by_itself
+    return left
+
 # %% ../nbs/22_trimming.ipynb #ae33ecf7
 @checked
 def trimmed(
@@ -151,8 +162,6 @@ def trimmed(
     "The circuit without what the budget does not need; its provenance says what each part that is left is needed for"
     def beyond(c: Circuit) -> tuple[torch.Tensor, torch.Tensor]:
         return excess_over(c, examples, kl, confidence, faithfulness, math.inf, over)
-    def likely_beyond(c: Circuit) -> torch.Tensor:
-        return beyond(c)[0] if sure else expected(c, examples, kl, faithfulness, by, each, over)
     check_enough(len(examples), confidence)
     before, tried, needed, (by, each) = circuit.n_neurons(), 0, {}, beyond(circuit)
     again = (by <= 0).all()
@@ -164,16 +173,15 @@ def trimmed(
                 group = [part for part in waiting.pop() if held[-1].kept[part.finest][part.neurons].all()]
                 if not group: continue
                 candidate, half, tried = without(held[-1], *group), len(group) // 2, tried + 1
-                likely = likely_beyond(candidate).max().item()
+                most = beyond(candidate)[0] if sure else expected(candidate, examples, kl, faithfulness, by, each, over)
+                likely = most.max().item()
                 if likely <= 0: held.append(candidate)
                 elif half: waiting += [group[half:], group[:half]]
                 else: needed[group[0].kind, group[0].level, group[0].node] = round(likely, 5)
             circuit = held[bisect(range(1, len(held)), False, key=lambda i: not (beyond(held[i])[0] <= 0).all())]
             by, each = beyond(circuit)
         again = sure and circuit != start
-    left: dict[str, dict[str, float]] = {}
-    for (kind, level, node), by_itself in needed.items():
-        if circuit.kept[level][node]: left.setdefault(kind, {})[".".join(map(str, node))] = by_itself
-    said: dict[str, Any] = dict(before=before, neurons=circuit.n_neurons(), share=share, sure=sure, tried=tried, over=left)
+    said: dict[str, Any] = dict(before=before, neurons=circuit.n_neurons(), share=share, sure=sure, tried=tried)
+    said["over"] = of_those_left(circuit, needed)
     if over != "vocabulary": said["divergence_over"] = over
     return replace(circuit, provenance=replace(circuit.provenance, trimmed=said))

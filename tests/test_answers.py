@@ -1,6 +1,5 @@
 """The divergence over right answers, wrong ones and anything else: against plain sums, and wherever it can be asked for."""
 import json
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -150,11 +149,12 @@ def test_anything_else_is_refused(call, model, task):
 def test_command_line(task, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "LEAST_STEPS", 8)
     pairs, file = tmp_path / "pairs.jsonl", tmp_path / "measures.json"
-    pairs.write_text("\n".join(json.dumps(asdict(pair)) for pair in task.train))
-    for command in ("sweep", "discover"):
-        asked = [command, str(pairs), "--keep", ".3", "--over", "answers", "--steps", "8", "--json", str(file)]
-        assert cli.main(asked) == 0
-        assert "KL over the answers" in capsys.readouterr().out or '"asked": "keep 0.3, over the answers"' in file.read_text()
-        assert '"answers_kl"' in file.read_text()
+    pairs.write_text("\n".join(json.dumps({name: getattr(pair, name) for name in ("clean", "corrupt", "answer", "wrong")}) for pair in task.train))
+    asked = [str(pairs), "--keep", ".3", "--over", "answers", "--steps", "8", "--json", str(file)]
+    assert cli.main(["sweep", *asked]) == 0 and json.loads(file.read_text())[0]["answers_kl"] > 0
+    said = capsys.readouterr().out.splitlines()
+    assert "KL over the answers" in said and f"{json.loads(file.read_text())[0]['answers_kl']:.4f}" in said[-2]
+    assert cli.main(["discover", *asked]) == 0 and json.loads(file.read_text())["asked"] == "keep 0.3, over the answers"
+    capsys.readouterr()
     assert cli.main(["discover", "ioi", "--over", "tokens"]) == 2
     assert "vocabulary" in capsys.readouterr().err
