@@ -22,6 +22,7 @@ from .files import digest, write_file
 from .gates import is_open
 from .hooks import Host, host_of
 from .models import Model
+from .objective import Over
 from .sites import Sites
 from .tree import LEVELS, NEURONS, ByLevel, SiteMasks, check_values, close, level_shapes, lowest, n_nodes, site_masks
 
@@ -278,6 +279,7 @@ FIRST = dict(  # the measures to read first, with what they mean
     kl="nats from the full model's answers, 0 is none",
     faithfulness="share of the full model's logit difference recovered, 1 is all",
     accuracy="share of prompts correct")
+ANSWERS = "nats, with the tokens in three classes: correct, wrong, any other"
 OTHERS = dict(full="full model", closed="fully ablated")  # what a measure is compared with
 
 def title(
@@ -294,6 +296,13 @@ def level_rows(
     return [(l.replace("_", " "), f"{n:,}", f"{total:,}", f"{n / total:.1%}") for l, (n, total) in circuit.counts().items()]
 
 # %% ../nbs/18_circuit.ipynb #2ce0b7e1
+def first_measures(
+    circuit: Circuit,  # any
+) -> dict[str, str]:
+    "The measures to read first, with what they mean; that over the answers, where the search was for it, comes before all"
+    by_answers = (circuit.provenance.settings or {}).get("over") == "answers"
+    return (dict(answers_kl=ANSWERS) if by_answers else {}) | FIRST
+
 def measure_rows(
     circuit: Circuit,  # any
 ) -> list[tuple[str, str, str]]:
@@ -301,14 +310,15 @@ def measure_rows(
     known = {k: v for k, v in (circuit.provenance.metrics or {}).items() if isinstance(v, (int, float))}
     def beside(name): return [f"{who} {known[f'{k}_{name}']:.3g}" for k, who in OTHERS.items() if f"{k}_{name}" in known]
     return [(name, f"{known[name]:.3g}", "; ".join([meaning, *([", ".join(beside(name))] if beside(name) else [])]))
-            for name, meaning in FIRST.items() if name in known]
+            for name, meaning in first_measures(circuit).items() if name in known]
 
 def notes_below(
     circuit: Circuit,  # any
 ) -> list[str]:
     "What is said below the tables: the measures that they leave out, and what each part is needed for"
     compared = tuple(f"{side}_" for side in OTHERS)
-    left = [printable(k) for k in circuit.provenance.metrics or {} if k not in FIRST and not k.startswith(compared)]
+    shown = first_measures(circuit)
+    left = [printable(k) for k in circuit.provenance.metrics or {} if k not in shown and not k.startswith(compared)]
     more = f"more in provenance.metrics: {', '.join(left)}" if left else ""
     return [line for line in (more, needed(circuit)) if line]
 
@@ -577,7 +587,7 @@ def sites_of(
 
 # %% ../nbs/18_circuit.ipynb #5fcdfdb4
 SETTINGS = {"threshold": Number, "kl": Number | None, "keep": Number | list[Number] | None, "penalties": dict[str, Number] | None,
-            "levels": list[str], "recipe": dict[str, Any], "gate": dict[str, Any]}
+            "over": Over, "levels": list[str], "recipe": dict[str, Any], "gate": dict[str, Any]}
 
 def check_provenance(
     data: Any,  # what a file says

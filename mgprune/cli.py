@@ -20,7 +20,7 @@ from . import __version__
 from .ablations import ABLATIONS
 from .arguments import Count, InputError, Seed, as_path, expect, printable
 from .circuit import Circuit
-from .evaluation import SIZES, evaluate
+from .evaluation import DIVERGENCES, SIZES, evaluate
 from .files import STATE, check_folder, check_place, digest, in_code, in_markdown, is_of_search, write_file, write_folder
 from .models import load_model
 from .processes import together
@@ -137,6 +137,9 @@ def search_options(
     ablation_option(option, "corrupt")
     option("--levels", nargs="+", default=DEFAULT_LEVELS, metavar="L",
            help=f"levels to search, of {', '.join(LEVELS)} (default: {','.join(DEFAULT_LEVELS)})")
+    option("--over", choices=[*DIVERGENCES], default="vocabulary", metavar="O",
+           help="what the divergence is over: vocabulary, all tokens; or answers, the right ones, the wrong ones and anything "
+                "else (default: vocabulary)")
     option("--seed", type=int, default=0, metavar="N", help="of the search; the pairs stay the same (default: 0)")
     option("--steps", type=int, metavar="N",
            help="of the search: fewer are faster and find larger circuits (default: as many as the recipe says)")
@@ -322,7 +325,8 @@ def asked_for(
     "What the search was asked for, in a few words"
     goals = (k for k in ("kl", "faithfulness", "keep", "penalties") if settings.get(k) is not None)
     def said(k): return f"faithfulness within {settings[k]} of 1" if k == "faithfulness" else f"{k} {settings[k]}"
-    return ", ".join(map(said, goals)) or "unknown"
+    among = ", over the answers" if settings.get("over") == "answers" else ""
+    return (", ".join(map(said, goals)) or "unknown") + among
 
 def in_words(
     ablation: str,  # name of one
@@ -430,7 +434,14 @@ def search_settings(
     levels = check_levels([level for text in args.levels for level in text.split(",") if level])
     seed, recipe = expect(args.seed, "--seed", Seed), recipe_of(args.steps)
     check_outputs(args)
-    return dict(levels=levels, seed=seed, recipe=recipe, ablation=args.ablation)
+    return dict(levels=levels, seed=seed, recipe=recipe, ablation=args.ablation, over=args.over)
+
+# %% ../nbs/47_cli.ipynb #a0d8de4a
+def divergence_of(
+    circuit: Circuit,  # that comes from a search
+) -> str:
+    "Name of the measure that the search was for"
+    return DIVERGENCES[(circuit.provenance.settings or {}).get("over", "vocabulary")]
 
 # %% ../nbs/47_cli.ipynb #182e714e
 LARGE, FAR = 1 / 2, 1 / 10  # share of the neurons, and of the fully ablated model's divergence, that are worth a word
@@ -443,7 +454,8 @@ def on_few_steps(
     usual, metrics = Recipe().steps, circuit.provenance.metrics or {}
     if steps is None or steps >= usual: return []
     size = circuit.n_neurons() / sum(circuit.counts()[level][1] for level in NEURONS)
-    far = metrics["kl"] / metrics["closed_kl"] if metrics.get("closed_kl") else 0.
+    name = divergence_of(circuit)
+    far = metrics[name] / metrics[f"closed_{name}"] if metrics.get(f"closed_{name}") else 0.
     if size <= LARGE and far <= FAR: return []
     return [f"  {steps} steps are few: the circuit keeps {size:.0%} of the neurons and has {far:.0%} of the fully ablated "
             f"model's divergence. The recipe's {usual} steps, without --steps, usually find a smaller or a better one"]
@@ -489,7 +501,7 @@ def line_of(
     "Size and quality of a circuit, below TITLES"
     metrics = circuit.provenance["metrics"]
     sizes = f"{circuit.n_neurons():>9,}{len(circuit.heads()):>7}{len(circuit.mlps()):>6}"
-    return f"{sizes}{metrics['kl']:>9.4f}{metrics['accuracy']:>10.1%}"
+    return f"{sizes}{metrics[divergence_of(circuit)]:>9.4f}{metrics['accuracy']:>10.1%}"
 
 def write_sweep(
     circuits: list[Circuit],  # of one search
@@ -511,6 +523,7 @@ def run_sweep(
     model, task = opened(args)
     circuits = sweep(model, task, keep, args.kl, args.faithfulness, save=search_of(args), **settings)
     print("ablation", in_words(args.ablation))
+    if args.over == "answers": print("KL over the answers")
     print(TITLES, *map(line_of, circuits), sep="\n")
     data = [report(c, c.provenance["metrics"], seconds=c.provenance["seconds"]) for c in circuits]
     def fill(folder: Path) -> None: write_sweep(circuits, folder)

@@ -19,12 +19,13 @@ from .ablations import name_of
 from .arguments import Count, InputError, Must, Share, checked
 from .circuit import Circuit, CircuitFirst, from_scores
 from .models import Model
-from .objective import is_right, kl_divergence, logit_difference, probability_difference
+from .objective import Over, divergence, is_right, logit_difference, probability_difference
 from .sites import Sites
 from .streams import Examples, Pairs, logits_of, prepare, prepare_for
 from .tree import ByLevel, check_values, lowest
 
 # %% ../nbs/21_evaluation.ipynb #cfc32bbd
+DIVERGENCES: dict[Over, str] = dict(vocabulary="kl", answers="answers_kl")  # as measures, by what they are over
 MARKS = dict(accuracy=is_right, logit_difference=logit_difference, probability_difference=probability_difference)
 ENDS: WeakKeyDictionary[Examples, dict[str, float]] = WeakKeyDictionary()  # what is the same for all circuits
 
@@ -43,7 +44,8 @@ def ends(
     if examples not in ENDS:
         sides = {f"{side}_{name}": average(f(answers, examples.batch)) for name, f in MARKS.items()
                  for side, answers in (("full", full), ("closed", closed))}
-        ENDS[examples] = dict(closed_kl=average(kl_divergence(full, closed))) | sides
+        kls = {f"closed_{name}": average(divergence(full, closed, examples.batch, over)) for over, name in DIVERGENCES.items()}
+        ENDS[examples] = kls | sides
     return ENDS[examples]
 
 # %% ../nbs/21_evaluation.ipynb #cda77469
@@ -53,8 +55,10 @@ def measures(
 ) -> dict[str, float]:
     "Averages over the examples, by name; full_ and closed_ ones are the untouched model's and those with every node ablated"
     known, full = ends(examples), examples.full
-    result = dict(kl=average(kl_divergence(full, logits)), closed_kl=known["closed_kl"],
-                  exact_match=average(logits.argmax(-1) == full.argmax(-1)))
+    result: dict[str, float] = {}
+    for over, name in DIVERGENCES.items():
+        result |= {name: average(divergence(full, logits, examples.batch, over)), f"closed_{name}": known[f"closed_{name}"]}
+    result["exact_match"] = average(logits.argmax(-1) == full.argmax(-1))
     for name, f in MARKS.items():
         result |= {name: average(f(logits, examples.batch)), **{k: known[k] for k in (f"full_{name}", f"closed_{name}")}}
     c, m, e = (result[k + "logit_difference"] for k in ("", "full_", "closed_"))
@@ -81,13 +85,14 @@ def evaluate(
     """Measures of the circuit on held-out pairs, by name; and both ablations, where it was found with another
 
     - kl: Kullback-Leibler divergence of its answers from the full model's, in nats; 0 where they are the same
+    - answers_kl: the same over three classes: the correct answers, the wrong ones, and anything else
     - faithfulness: share of the logit difference between all nodes ablated and the full model that it recovers
     - accuracy: share of the pairs whose correct answers are likelier than the wrong ones
     - exact_match: share of the pairs where its likeliest token is the full model's
     - logit_difference: log odds of the correct answers against the wrong ones, averaged
     - probability_difference: probability of the correct answers less that of the wrong ones, averaged
     - full_accuracy, full_logit_difference, full_probability_difference: of the full model
-    - closed_kl, closed_accuracy, closed_logit_difference, closed_probability_difference: with all nodes ablated
+    - closed_kl, closed_answers_kl, closed_accuracy, closed_logit_difference, closed_probability_difference: with none open
     """
     examples = prepare_for(circuit, model, task, ablation, reference, batch_size)
     return measured(circuit, examples) | both_ablations(circuit, examples)
@@ -126,13 +131,15 @@ def excess(
     logits: torch.Tensor,   # [examples, vocabulary] answers of a circuit
     kl: float | str,        # divergence that it may have
     faithfulness: float | None,  # how far from 1 its faithfulness may be; None: as far as it likes
+    over: Over = "vocabulary",  # what the divergence is over: all tokens, or the answers alone
 ) -> torch.Tensor:
     "By how much each pair is over what is asked for, [criteria, examples]: all of it holds where no mean is above 0"
     full, closed, batch = examples.full, examples.closed, examples.batch
     if closed is None and (isinstance(kl, str) or faithfulness is not None): raise InputError(
         "these Examples lack the answers with every node ablated: prepare them with closed=True")
-    allowed = in_nats(kl, 1.) * kl_divergence(full, closed) if isinstance(kl, str) and closed is not None else in_nats(kl, 0.)
-    rows = [kl_divergence(full, logits) - allowed]
+    allowed: Any = in_nats(kl, 0.)
+    if isinstance(kl, str) and closed is not None: allowed = in_nats(kl, 1.) * divergence(full, closed, batch, over)
+    rows = [divergence(full, logits, batch, over) - allowed]
     if faithfulness is not None and closed is not None:
         c, m, e = (logit_difference(answers, batch) for answers in (logits, full, closed))
         rows += [c - m - faithfulness * (m - e), m - c - faithfulness * (m - e)]
@@ -209,6 +216,7 @@ def excess_over(
     confidence: float | None,  # chance that pairs not measured here hold it too; None: only these
     faithfulness: float | None = None,  # how far from 1 its faithfulness may be; None: as far as it likes
     errors: float = 2.,  # standard errors by which it is over where measuring ends early
+    over: Over = "vocabulary",  # what the divergence is over: all tokens, or the answers alone
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """By how much it is over each criterion, [criteria]: a bound, or the mean of the pairs measured, where measuring ended early;
     and the excess of each of these pairs, [criteria, examples]"""
@@ -216,21 +224,23 @@ def excess_over(
     found, each = [], torch.empty(0)
     for start, end in pairwise([0, *(end for end in (FEW, *range(SOME, total, SOME)) if end < total), total]):
         part = examples[start:end]
-        found.append(excess(part, part.logits(masks), kl, faithfulness))
+        found.append(excess(part, part.logits(masks), kl, faithfulness, over))
         each = torch.cat(found, 1)
         doubt = errors * (1 / end - 1 / total) ** 0.5 * each.std(1, correction=0)
         if end < total and (each.mean(1) - doubt > 0).any(): return each.mean(1), each
     return bounds(each, examples, confidence), each
 
+# %% ../nbs/21_evaluation.ipynb #290dedbd
 def holds(
     circuit: Circuit,    # found on the model of the examples
     examples: Examples,  # to measure on
     kl: float | str,     # divergence that the circuit may have
     confidence: float | None,  # chance that pairs not measured here hold it too; None: only these
     faithfulness: float | None = None,  # how far from 1 its faithfulness may be; None: as far as it likes
+    over: Over = "vocabulary",  # what the divergence is over: all tokens, or the answers alone
 ) -> bool:
     "Whether the circuit holds what is asked for"
-    return bool((excess_over(circuit, examples, kl, confidence, faithfulness)[0] <= 0).all())
+    return bool((excess_over(circuit, examples, kl, confidence, faithfulness, over=over)[0] <= 0).all())
 
 # %% ../nbs/21_evaluation.ipynb #012884c1
 @checked
@@ -285,13 +295,14 @@ def cut_by_kl(
     guess: float | None = None,  # threshold to begin at, which should be nearly right; None: an eighth of the neurons
     tries: Count = 16,           # circuits to measure
     faithfulness: Within | None = None,  # how far from 1 the faithfulness may be besides; None: as far as it likes
+    over: Over = "vocabulary",  # what the divergence is over: all tokens, or the answers alone
 ) -> float:
     "Threshold of the smallest circuit found that holds the divergence; minus infinity, which keeps everything, if none does"
     check_enough(len(examples), confidence)
     sites = examples.sites
     ranked = cuts(scores, sites).unique().flip(0)  # equal scores fall together
     start, factor = (len(ranked) // 8, 2.) if guess is None else (int((ranked > guess).sum()), 1.2)
-    def good(n): return holds(from_scores(scores, sites, ranked[n].item()), examples, kl, confidence, faithfulness)
+    def good(n): return holds(from_scores(scores, sites, ranked[n].item()), examples, kl, confidence, faithfulness, over)
     enough = smallest(good, len(ranked), start, factor, tries)
     return -torch.inf if enough is None else ranked[enough].item()
 
@@ -317,9 +328,10 @@ def neurons_at(
     scores: ByLevel,     # level -> tensor [layers, ...]; higher is kept first
     examples: Examples,  # pairs to measure on, bound to the model that the scores belong to
     kl: Divergence,      # divergence that the circuit may have on these very pairs: in nats, or such as "10%"
+    over: Over = "vocabulary",  # what the divergence is over: all tokens, or the answers alone
 ) -> int:
     "Neurons of the smallest circuit found of a ranking that holds the divergence"
-    return from_scores(scores, examples.sites, cut_by_kl(scores, examples, kl)).n_neurons()
+    return from_scores(scores, examples.sites, cut_by_kl(scores, examples, kl, over=over)).n_neurons()
 
 # %% ../nbs/21_evaluation.ipynb #15296aa2
 def auroc(

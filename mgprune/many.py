@@ -44,7 +44,7 @@ def check_together(
     given: dict[str, Any],  # arguments of discover, each of its kind
 ) -> dict[str, Any]:
     "The same with its numbers and levels plain; what discover would refuse before it computes is refused"
-    goal, task = Goal(given["kl"], given["keep"], given["penalties"], given["faithfulness"]), given["task"]
+    goal, task = Goal(*(given[name] for name in ("kl", "keep", "penalties", "faithfulness", "over"))), given["task"]
     if len(goal.shares) > 1: raise InputError(f"keep={shown(given['keep'])}: expected one share; make a job of each")
     built_in = not isinstance(task, (str, Path)) or str(task).replace("-", "_") in BUILT_IN
     if not built_in and not as_path(task).is_file(): raise InputError(
@@ -159,7 +159,7 @@ def job_of(
     recipe, gate = json.dumps(asdict(given["recipe"]), default=float), given["gate"]
     said = [*weights, pairs_known_by(given["task"]), number(given["kl"]), number(given["faithfulness"]), number(keep), prices,
             given["levels"], given["seed"], recipe, code_of(type(gate), "gate"), repr(gate),
-            code_of(ablation_named(given["ablation"]), "ablation")]
+            code_of(ablation_named(given["ablation"]), "ablation"), *([given["over"]] if given["over"] != "vocabulary" else [])]
     file = file_of(given["task"])
     return Job(given, weights[0], file["digest"] if file else None, digest(json.dumps(said, sort_keys=True).encode()))
 

@@ -6,12 +6,22 @@
 __all__ = ['kl_divergence', 'logit_difference', 'is_right', 'probability_difference']
 
 # %% ../nbs/11_objective.ipynb #fe7d93fd
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
 from .arguments import InputError
 from .gates import Gates
+
+# %% ../nbs/11_objective.ipynb #d42168ae
+def check_shapes(
+    full: torch.Tensor,    # [examples, vocabulary] log-probabilities of the full model
+    logits: torch.Tensor,  # [examples, vocabulary] logits of the circuit
+) -> None:
+    "Refuse answers of different models or pairs"
+    if full.shape != logits.shape: raise InputError(
+        f"answers of shape {tuple(full.shape)} and of shape {tuple(logits.shape)}, [examples, vocabulary]: these pairs "
+        f"were prepared on another model")
 
 # %% ../nbs/11_objective.ipynb #a36a07a6
 def kl_divergence(
@@ -19,9 +29,7 @@ def kl_divergence(
     logits: torch.Tensor,  # [examples, vocabulary] logits of the circuit
 ) -> torch.Tensor:
     "KL(full || circuit) of each example, in nats"
-    if full.shape != logits.shape: raise InputError(
-        f"answers of shape {tuple(full.shape)} and of shape {tuple(logits.shape)}, [examples, vocabulary]: these pairs "
-        f"were prepared on another model")
+    check_shapes(full, logits)
     return (full.exp() * (full - logits.float().log_softmax(-1))).sum(-1)
 
 # %% ../nbs/11_objective.ipynb #7e8cc048
@@ -66,6 +74,32 @@ def probability_difference(
     "Probability of all right answers minus that of all wrong ones, [examples]"
     p = logits.float().log_softmax(-1)
     return set_logits(p, batch.answer).exp() - set_logits(p, batch.wrong).exp()
+
+# %% ../nbs/11_objective.ipynb #ca51d62e
+Over = Literal["vocabulary", "answers"]
+EMPTY = torch.finfo(torch.float32).min  # logarithm of the probability of a class without tokens
+
+def answer_classes(
+    log_probabilities: torch.Tensor,  # [examples, vocabulary]
+    batch: Answers,                   # of the same examples, such as a Batch
+) -> torch.Tensor:
+    "Log-probabilities of right answers, of wrong ones and of anything else, [examples, 3]"
+    values, named = log_probabilities.float(), torch.cat([batch.answer, batch.wrong], 1)
+    others = values.scatter(1, torch.where(named < 0, named[:, :1], named), -torch.inf).logsumexp(-1)
+    right, wrong = (set_logits(values, ids) for ids in (batch.answer, batch.wrong))
+    return torch.stack([right, wrong, others], -1).clamp(min=EMPTY)
+
+def divergence(
+    full: torch.Tensor,    # [examples, vocabulary] log-probabilities of the full model
+    logits: torch.Tensor,  # [examples, vocabulary] logits of the circuit
+    batch: Answers,        # of the same examples, such as a Batch
+    over: Over,            # what is told apart: every token, or right answers, wrong ones and anything else
+) -> torch.Tensor:
+    "KL(full || circuit) of each example, in nats"
+    if over == "vocabulary": return kl_divergence(full, logits)
+    check_shapes(full, logits)
+    p, q = (answer_classes(values, batch) for values in (full, logits.float().log_softmax(-1)))
+    return (p.exp() * (p - q)).sum(-1)
 
 # %% ../nbs/11_objective.ipynb #6bd756c7
 def expected_open(

@@ -19,6 +19,7 @@ from .evaluation import SOME, Within
 from .gates import Sigmoid
 from .hooks import Host
 from .models import Model, frozen
+from .objective import Over
 from .pairs import Batch, check_batch
 from .passes import example_bytes, fitting_size, kept_for_return, nbytes, recording_bytes, step_bytes
 from .processes import together
@@ -259,13 +260,14 @@ def plan(
     keep: float | tuple[Any, ...] | list[Any] | None = None,  # the share of the neurons to keep; several as for `sweep`
     penalties: Prices | None = None,    # level -> price of an open gate, in nats
     faithfulness: Within | None = None, # beside kl: how far from 1 the faithfulness may be
+    over: Over = "vocabulary",          # what the divergence is over: all tokens, or the answers alone
     levels: LevelNames = DEFAULT_LEVELS,  # names of the levels to search
     recipe: Recipe = Recipe(),          # settings of the search
     gate: Gate = Sigmoid(),             # what turns log alpha into a gate
     ablation: Any = "corrupt",          # what ablated nodes hold: a name in ABLATIONS, or a function
 ) -> Plan:
     "Memory and time that a search will take on this machine, by part: tried on a few of the pairs"
-    goal = goal_of(kl, keep, penalties, faithfulness)
+    goal = goal_of(kl, keep, penalties, faithfulness, over)
     return planned(begin(model, task, Asked(goal, levels, ablation, 0, recipe, gate)))
 
 # %% ../nbs/27_planning.ipynb #c7163f19

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from .arguments import Count, Finite, InputError, Must, Share, above, at_least, check_fields, expect, fits, shown
 from .evaluation import Divergence, Inside, Within, in_nats
+from .objective import Over
 from .tasks import Task
 from .tree import check_levels
 
@@ -37,8 +38,10 @@ class Goal:
     keep: Any = None                  # share of the neurons to keep, above 0 and at most 1; or several
     penalties: Mapping[str, float] | None = None  # level -> price of each open gate, in nats
     faithfulness: float | None = None # beside kl: how far from 1 the faithfulness may be
+    over: Over = "vocabulary"         # what the divergence is over: all tokens, or the answers alone
 
     def __post_init__(self) -> None:
+        expect(self.over, "over", Over)
         given = [k for k in ("kl", "keep", "penalties") if getattr(self, k) is not None]
         if len(given) != 1: raise InputError(f"expected exactly one of kl, keep and penalties, got {', '.join(given) or 'none'}")
         def number(v): return fits(v, Finite)
@@ -74,9 +77,10 @@ def goal_of(
     keep: Any,          # the same
     penalties: Any,     # the same
     faithfulness: Any,  # the same
+    over: Over = "vocabulary",  # the same
 ) -> Goal:
     "The goal; where nothing is asked for, a divergence of 0.1"
-    return Goal(0.1 if kl is None and keep is None and penalties is None else kl, keep, penalties, faithfulness)
+    return Goal(0.1 if kl is None and keep is None and penalties is None else kl, keep, penalties, faithfulness, over)
 
 # %% ../nbs/23_recipe.ipynb #910f29ba
 Positive, NotNegative = Annotated[float, above(0)], Annotated[float, at_least(0)]

@@ -17,7 +17,7 @@ from .arguments import InputError
 from .evaluation import in_nats
 from .gates import Sigmoid
 from .models import frozen
-from .objective import kl_divergence
+from .objective import divergence
 from .passes import Open, fitting_size, open_at, step_bytes
 from .processes import added_up, share, together
 from .recipe import Gate, Goal, Recipe
@@ -104,7 +104,8 @@ def widest(
     examples: Examples,  # to train on
 ) -> float | None:
     "The largest divergence asked for, in nats on these pairs; None where none is"
-    closed = 0. if examples.closed is None else kl_divergence(examples.full, examples.closed).mean().item()
+    full, empty, closed = examples.full, examples.closed, 0.
+    if empty is not None: closed = divergence(full, empty, examples.batch, goal.over).mean().item()
     return max((in_nats(kl, closed) for kl in goal.budgets), default=None)
 
 # %% ../nbs/25_search.ipynb #57abe290
@@ -236,7 +237,7 @@ def to_gates(
         rows = slice(start, start + search.at_once)
         part = examples if len(examples) <= search.at_once else examples[rows]
         masks = masks_of(search.ways, gates if gates.dim() == 1 else gates[rows], search.counted)
-        mean = kl_divergence(part.full, one_pass(part, masks, search.only)).sum() / total
+        mean = divergence(part.full, one_pass(part, masks, search.only), part.batch, search.goal.over).sum() / total
         slope += torch.autograd.grad(mean, gates)[0]
         kl += mean.detach()
     return kl, slope

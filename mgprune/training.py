@@ -19,11 +19,11 @@ import torch
 from .ablations import name_of
 from .arguments import InputError, Seed, Share, checked, printable
 from .circuit import Circuit, Provenance, from_scores
-from .evaluation import SIZES, Within, cut_by_kl, cut_by_size, cuts, in_nats, measured
+from .evaluation import DIVERGENCES, SIZES, Within, cut_by_kl, cut_by_size, cuts, in_nats, measured
 from .gates import Sigmoid
 from .hooks import Host
 from .models import Model
-from .objective import is_right, kl_divergence, set_logits
+from .objective import Over, divergence, is_right, set_logits
 from .pairs import Batch
 from .planning import outlined
 from .processes import first_does, together
@@ -134,9 +134,9 @@ def thresholds(
     goal, sites = asked.goal, learned.host.sites
     if goal.keep is not None: return [cut_by_size(learned.scores, sites, share) for share in goal.shares]
     if valid is None: return [0.]
-    closed = 0. if valid.closed is None else kl_divergence(valid.full, valid.closed).mean().item()
+    closed = 0. if valid.closed is None else divergence(valid.full, valid.closed, valid.batch, goal.over).mean().item()
     found = [cut_by_kl(learned.scores, valid, kl, asked.recipe.confidence, likely_threshold(learned, in_nats(kl, closed)),
-                       faithfulness=goal.faithfulness) for kl in goal.budgets]
+                       faithfulness=goal.faithfulness, over=goal.over) for kl in goal.budgets]
     return first_does(lambda: found)
 
 # %% ../nbs/28_training.ipynb #7111e030
@@ -147,7 +147,8 @@ def trimmed_cut(
 ) -> Circuit:
     "The circuit without what its budget does not need"
     goal = asked.goal
-    found = first_does(lambda: trimmed(circuit, valid, goal.budgets[0], asked.recipe.confidence, goal.faithfulness))
+    found = first_does(
+        lambda: trimmed(circuit, valid, goal.budgets[0], asked.recipe.confidence, goal.faithfulness, goal.over))
     below = (circuit.provenance.settings or {})["threshold"] - 1
     gone = {level: circuit.kept[level] & ~found.kept[level] for level in circuit.scores}
     return replace(found, scores={l: torch.where(gone[l], s.clamp(max=below), s) for l, s in circuit.scores.items()})
@@ -162,6 +163,7 @@ def discover(
     keep: float | tuple[Any, ...] | list[Any] | None = None,  # or size: the share of the neurons to keep
     penalties: Prices | None = None,    # or prices: level -> price of an open gate, in nats
     faithfulness: Within | None = None, # beside kl: how far from 1 the faithfulness may be, such as 0.1
+    over: Over = "vocabulary",          # what the divergence is over: all tokens, or right answers, wrong ones and anything else
     levels: LevelNames = DEFAULT_LEVELS,  # names of the levels to search
     seed: Seed = 0,                     # of the search
     recipe: Recipe = Recipe(),          # settings of the search
@@ -171,7 +173,7 @@ def discover(
     save: str | Path | None = None,     # folder that keeps the search and its result: the same call goes on after an interruption
 ) -> Circuit:
     "Find the circuit of a task in a frozen model"
-    goal = goal_of(kl, keep, penalties, faithfulness)
+    goal = goal_of(kl, keep, penalties, faithfulness, over)
     if len(goal.shares) > 1: raise InputError(f"keep={keep!r}: expected one share of the neurons; sweep takes several")
     with kept_in(save, begin(model, task, Asked(goal, levels, ablation, seed, recipe, gate))) as begun:
         for circuit in first_does(lambda: read_back(begun, [RESULT], progress)): return circuit
@@ -193,6 +195,7 @@ def sweep(
     keep: list[Share] | tuple[Share, ...] | None = None,  # shares of the neurons to keep; SIZES if nothing is asked for
     kl: list[Any] | tuple[Any, ...] | None = None,  # or divergences that the circuits may have, each as `discover` takes one
     faithfulness: Within | None = None, # beside kl: how far from 1 the faithfulness may be, such as 0.1
+    over: Over = "vocabulary",          # what the divergence is over: all tokens, or right answers, wrong ones and anything else
     levels: LevelNames = DEFAULT_LEVELS,  # names of the levels to search
     seed: Seed = 0,                     # of the search
     recipe: Recipe = Recipe(),          # settings of the search
@@ -203,7 +206,7 @@ def sweep(
 ) -> list[Circuit]:
     "Circuits of several sizes or divergences from one search, each a part of the next larger one: a list in the order asked"
     if keep is None and kl is None: keep = SIZES
-    goal = Goal(kl and tuple(kl), keep and tuple(keep), faithfulness=faithfulness)
+    goal = Goal(kl and tuple(kl), keep and tuple(keep), faithfulness=faithfulness, over=over)
     names = [f"circuit-{asked}.json" for asked in goal.budgets + goal.shares]
     with kept_in(save, begin(model, task, Asked(goal, levels, ablation, seed, recipe, gate))) as begun:
         if found := first_does(lambda: read_back(begun, names, progress)): return found
@@ -212,7 +215,7 @@ def sweep(
         test, circuits = learned.bound("test"), []
         for name, threshold in zip(names, cut):
             circuits.append(saved(begun, ended(cut_at(learned, threshold), test, begun.began), name))
-        for asked, circuit in zip(goal.budgets, circuits): check_held(circuit, asked, goal.faithfulness)
+        for asked, circuit in zip(goal.budgets, circuits): check_held(circuit, asked, goal)
         return circuits
 
 # %% ../nbs/28_training.ipynb #bae40f3a
@@ -233,12 +236,13 @@ def check_task(
     accuracy, corrupted = (average(is_right(answers, batch)) for answers in (full, empty))
     probability = average(set_logits(full, batch.answer).exp())
     first = average((full.argmax(-1, keepdim=True) == batch.answer).any(-1))
-    closed = average(kl_divergence(full, empty))
+    closed = average(divergence(full, empty, batch, goal.over))
+    among = " over the answers" if goal.over == "answers" else ""
     if say: print(
         f"{printable(task.name)}: the full model is correct on {accuracy:.1%} of {len(examples)} training pairs; correct "
         f"answers have probability "
         f"{probability:.2g} and are the likeliest token on {first:.1%}; {where} it is correct on {corrupted:.1%}, "
-        f"with KL {closed:.3g}", flush=True)
+        f"with KL {closed:.3g}{among}", flush=True)
     for wrong, says in (
         (accuracy < 0.7,
          f"the model is correct on only {accuracy:.0%} of the pairs: a circuit would explain its mistakes. Choose pairs that "
@@ -250,7 +254,7 @@ def check_task(
          f"{where} the model is correct on {corrupted:.0%}, as on the clean ones ({accuracy:.0%}): "
          f"what makes it correct is not what {what} takes away. Choose {choose} that changes the answer"),
         (closed < 1e-3 or any(closed <= in_nats(kl, closed) for kl in goal.budgets),
-         f"{what} changes (almost) nothing: the fully ablated model has KL {closed:.3g}. "
+         f"{what} changes (almost) nothing: the fully ablated model has KL {closed:.3g}{among}. "
          f"Choose {choose} that changes the answer, or a smaller kl"),
     ):
         if wrong: warnings.warn(says)
@@ -259,16 +263,17 @@ def check_task(
 def check_held(
     circuit: Circuit,    # that a search has found
     kl: float | str,     # divergence that was asked for
-    faithfulness: float | None,  # how far from 1 its faithfulness may be
+    goal: Goal,          # with it
 ) -> None:
     "Warn where it does not hold on the pairs that it is measured on"
-    metrics = circuit.provenance["metrics"]
-    allowed, far = in_nats(kl, metrics.get("closed_kl", math.nan)), metrics.get("faithfulness", math.nan)
+    metrics, name, near = circuit.provenance["metrics"], DIVERGENCES[goal.over], goal.faithfulness
+    among = " over the answers" if goal.over == "answers" else ""
+    allowed, far = in_nats(kl, metrics.get(f"closed_{name}", math.nan)), metrics.get("faithfulness", math.nan)
     said = f"{kl:g}" if not isinstance(kl, str) else f"{allowed:.3g} ({kl} of that with every node ablated)"
-    if metrics["kl"] > allowed: warnings.warn(
-        f"the circuit has KL {metrics['kl']:.3g} on held-out pairs, over the {said} asked for: give the task more pairs")
-    if faithfulness is not None and abs(1 - far) > faithfulness: warnings.warn(
-        f"the circuit has a faithfulness of {far:.3g} on held-out pairs, further from 1 than the {faithfulness:g} asked for: "
+    if metrics[name] > allowed: warnings.warn(
+        f"the circuit has KL {metrics[name]:.3g}{among} on held-out pairs, over the {said} asked for: give the task more pairs")
+    if near is not None and abs(1 - far) > near: warnings.warn(
+        f"the circuit has a faithfulness of {far:.3g} on held-out pairs, further from 1 than the {near:g} asked for: "
         "give the task more pairs")
 
 # %% ../nbs/28_training.ipynb #6af4d541
@@ -285,7 +290,7 @@ def check_circuit(
         "all gates are closed: the circuit is empty. Ask for a smaller kl, a larger keep or lower penalties")
     if n == total: warnings.warn(
         "all gates are open: nothing could be closed. Ask for a larger kl, a smaller keep or higher penalties")
-    for kl in goal.budgets: check_held(circuit, kl, goal.faithfulness)
+    for kl in goal.budgets: check_held(circuit, kl, goal)
     near = {l: (s - circuit.provenance["settings"]["threshold"]).abs() < 1 for l, s in circuit.scores.items()}
     half = torch.cat([(k & felt[l]).flatten() for l, k in near.items()]).float().mean().item()
     if half > 0.2: warnings.warn(f"{half:.0%} of the gates are stuck half-way between open and closed: search for more steps")

@@ -17,7 +17,7 @@ from .arguments import Share, checked
 from .circuit import Circuit, from_kept
 from .evaluation import FEW, SOME, Divergence, Inside, Within, check_enough, excess, excess_over
 from .models import frozen
-from .objective import kl_divergence
+from .objective import Over, divergence
 from .passes import fitting_size, open_at, step_bytes
 from .sites import Sites
 from .streams import Examples, one_pass
@@ -29,6 +29,7 @@ FOR_SLOPES = 128  # pairs that say what to try first
 def closing(
     circuit: Circuit,    # found on the model of the examples
     examples: Examples,  # to measure on
+    over: Over = "vocabulary",  # what the divergence is over: all tokens, or the answers alone
 ) -> dict[str, torch.Tensor]:
     "By how much closing each kept neuron raises the mean divergence, to first order: finest level -> [layers, ...]"
     host, some = examples.host, examples[:FOR_SLOPES]
@@ -38,7 +39,8 @@ def closing(
     with frozen(host.model), torch.enable_grad():
         for start in range(0, len(some), size):
             part = some[start:start + size]
-            mean = kl_divergence(part.full, one_pass(part, SiteMasks(**{"attention": None, "mlp": None} | there), only)).sum()
+            logits = one_pass(part, SiteMasks(**{"attention": None, "mlp": None} | there), only)
+            mean = divergence(part.full, logits, part.batch, over).sum()
             for slope, now in zip(slopes, torch.autograd.grad(mean / len(some), [*there.values()])): slope += now
     shapes = level_shapes(circuit.sites, [FINEST[site] for site in there])
     return {FINEST[site]: -slope.reshape(shapes[FINEST[site]]).cpu() for site, slope in zip(there, slopes)}
@@ -121,17 +123,29 @@ def expected(
     faithfulness: float | None,  # how far from 1 its faithfulness may be; None: as far as it likes
     by: torch.Tensor,     # [criteria] by how much a circuit that differs by little is over on all pairs
     each: torch.Tensor,   # [criteria, examples] and its excess on each
+    over: Over = "vocabulary",  # what the divergence is over: all tokens, or the answers alone
 ) -> torch.Tensor:
     "By how much the circuit may be over on all pairs, [criteria]: the other's, and the mean change on a few"
     masks, total, found = circuit.masks().to(examples.host.device), min(SOME, len(examples)), []
     for start, end in ((0, FEW), (FEW, total)):
         some = examples[start:min(end, total)]
-        found.append(excess(some, some.logits(masks), kl, faithfulness))
+        found.append(excess(some, some.logits(masks), kl, faithfulness, over))
         now = torch.cat(found, 1)
         change = now - each[:, :now.shape[1]]
         doubt = 2 * max(1 / now.shape[1] - 1 / total, 0) ** .5 * change.std(1, correction=0)
         if end >= total or (by + change.mean(1) - doubt > 0).any(): break
     return by + change.mean(1)
+
+# %% ../nbs/22_trimming.ipynb #716c3cb3
+def of_those_left(
+    circuit: Circuit,  # whose parts
+    over: dict[tuple[str, str, tuple[int, ...]], float],  # kind, level and node of a part -> by how much it is over without it
+) -> dict[str, dict[str, float]]:
+    "By how much it is over without each part that it has: kind -> node -> nats"
+    left: dict[str, dict[str, float]] = {}
+    for (kind, level, node), by_itself in over.items():
+        if circuit.kept[level][node]: left.setdefault(kind, {})[".".join(map(str, node))] = by_itself
+    return left
 
 # %% ../nbs/22_trimming.ipynb #ae33ecf7
 @checked
@@ -141,32 +155,33 @@ def trimmed(
     kl: Divergence,            # divergence that it may have: in nats, or such as "10%" of that with every node ablated
     confidence: Inside | None = None,   # chance that pairs not measured here hold it too; None: only these
     faithfulness: Within | None = None, # how far from 1 its faithfulness may be besides; None: as far as it likes
+    over: Over = "vocabulary",  # what the divergence is over: all tokens, or the answers alone
     share: Share = 0.1,        # of the neurons of a head, MLP or expert, that are tried together
     sure: bool = False,        # measure all pairs always, and go on until no part can go
 ) -> Circuit:
     "The circuit without what the budget does not need; its provenance says what each part that is left is needed for"
-    def over(c: Circuit) -> tuple[torch.Tensor, torch.Tensor]:
-        return excess_over(c, examples, kl, confidence, faithfulness, math.inf)
+    def beyond(c: Circuit) -> tuple[torch.Tensor, torch.Tensor]:
+        return excess_over(c, examples, kl, confidence, faithfulness, math.inf, over)
     check_enough(len(examples), confidence)
-    before, tried, needed, (by, each) = circuit.n_neurons(), 0, {}, over(circuit)
+    before, tried, needed, (by, each) = circuit.n_neurons(), 0, {}, beyond(circuit)
     again = (by <= 0).all()
     while again:
         start = circuit
         for of in (1., share):
-            waiting, held = [parts(circuit, closing(circuit, examples), of)], [circuit]
+            waiting, held = [parts(circuit, closing(circuit, examples, over), of)], [circuit]
             while waiting:
                 group = [part for part in waiting.pop() if held[-1].kept[part.finest][part.neurons].all()]
                 if not group: continue
                 candidate, half, tried = without(held[-1], *group), len(group) // 2, tried + 1
-                likely = (over(candidate)[0] if sure else expected(candidate, examples, kl, faithfulness, by, each)).max().item()
+                most = beyond(candidate)[0] if sure else expected(candidate, examples, kl, faithfulness, by, each, over)
+                likely = most.max().item()
                 if likely <= 0: held.append(candidate)
                 elif half: waiting += [group[half:], group[:half]]
                 else: needed[group[0].kind, group[0].level, group[0].node] = round(likely, 5)
-            circuit = held[bisect(range(1, len(held)), False, key=lambda i: not (over(held[i])[0] <= 0).all())]
-            by, each = over(circuit)
+            circuit = held[bisect(range(1, len(held)), False, key=lambda i: not (beyond(held[i])[0] <= 0).all())]
+            by, each = beyond(circuit)
         again = sure and circuit != start
-    left: dict[str, dict[str, float]] = {}
-    for (kind, level, node), by_itself in needed.items():
-        if circuit.kept[level][node]: left.setdefault(kind, {})[".".join(map(str, node))] = by_itself
-    said: dict[str, Any] = dict(before=before, neurons=circuit.n_neurons(), share=share, sure=sure, tried=tried, over=left)
+    said: dict[str, Any] = dict(before=before, neurons=circuit.n_neurons(), share=share, sure=sure, tried=tried)
+    said["over"] = of_those_left(circuit, needed)
+    if over != "vocabulary": said["divergence_over"] = over
     return replace(circuit, provenance=replace(circuit.provenance, trimmed=said))
