@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Consensus', 'consensus']
 
-# %% ../nbs/49_stability.ipynb #56498c6a
+# %% ../nbs/49_stability.ipynb #3c09c509
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
@@ -20,7 +20,7 @@ from .evaluation import Divergence, Inside, cut_by_kl
 from .streams import Examples
 from .tree import FINEST, lowest
 
-# %% ../nbs/49_stability.ipynb #40ec1c2d
+# %% ../nbs/49_stability.ipynb #beb14145
 def by_chance(
     a: Circuit,  # a circuit
     b: Circuit,  # a circuit of the same model
@@ -30,7 +30,7 @@ def by_chance(
     sizes = {l: (kept, b.counts()[l][0], total) for l, (kept, total) in a.counts().items() if l in b.kept}
     return {l: k * m / (n * (k + m) - k * m) if k + m else 1. for l, (k, m, n) in sizes.items()}
 
-# %% ../nbs/49_stability.ipynb #0cb0b8e1
+# %% ../nbs/49_stability.ipynb #d7061c75
 def rank(
     values: torch.Tensor,  # [values]
 ) -> torch.Tensor:
@@ -48,7 +48,7 @@ def ranks(
     each = rank(torch.cat([s.flatten() for s in found.values()])).split([s.numel() for s in found.values()])
     return unknown | {l: part.view_as(s) for part, (l, s) in zip(each, found.items()) if l in unknown}
 
-# %% ../nbs/49_stability.ipynb #7a7f056c
+# %% ../nbs/49_stability.ipynb #a2f0cdb7
 ORIGIN = ("model", "fingerprint", "task", "corruption", "task_seed", "pairs", "hold_out", "pairs_file", "ablation", "versions")
 
 def shared_origin(
@@ -63,13 +63,35 @@ def shared_origin(
     seeds = [c.provenance.seed for c in circuits]
     return Provenance(**same, notes=dict(consensus=dict(circuits=len(circuits), seeds=seeds, **how)))
 
-# %% ../nbs/49_stability.ipynb #2a45bd9a
+# %% ../nbs/49_stability.ipynb #32a25dfe
+def pairs_of(
+    circuits: tuple[Circuit, ...],  # two or more of one model
+) -> pd.DataFrame:
+    "Jaccard index of every two circuits at each level, and by chance"
+    return pd.DataFrame([dict(first=i, second=j, level=l, jaccard=value, chance=by_chance(a, b)[l])
+                         for (i, a), (j, b) in combinations(enumerate(circuits), 2) for l, value in jaccard(a, b).items()])
+
+def table_of(
+    circuits: tuple[Circuit, ...],    # two or more of one model
+    shares: dict[str, torch.Tensor],  # level -> [layers, ...] share of the circuits that keep the node
+    few: float,                       # share of the circuits up to which a node is noise
+) -> pd.DataFrame:
+    "Of each level: nodes by how many circuits they are in, and the mean Jaccard index"
+    n, totals = len(circuits), circuits[0].counts()
+    def kinds(share: torch.Tensor) -> dict[str, int]:
+        count = (share * n).round()
+        core, noise = count == n, (0 < count) & (count < n) & (count <= max(1, few * n + 1e-6))
+        return dict(core=int(core.sum()), contingent=int(((0 < count) & ~core & ~noise).sum()), noise=int(noise.sum()))
+    rows = pd.DataFrame({l: dict(nodes=totals[l][1]) | kinds(share) for l, share in shares.items()}).T
+    return rows.join(pairs_of(circuits).groupby("level")[["jaccard", "chance"]].mean()).rename_axis("level")
+
+# %% ../nbs/49_stability.ipynb #334cab70
 @dataclass(frozen=True, eq=False)
 class Consensus:
     "How often several circuits of one behaviour keep each node"
     circuits: tuple[Circuit, ...]    # two or more, of one model
     shares: dict[str, torch.Tensor]  # level -> [layers, ...] share of the circuits that keep the node
-    scores: dict[str, torch.Tensor]  # finest level -> [layers, ...] the share, with what searches ranked higher first among equals
+    scores: dict[str, torch.Tensor]  # finest level -> [layers, ...] the share; among equals what searches ranked higher is first
 
     @checked
     def circuit(self,
@@ -93,21 +115,16 @@ class Consensus:
 
     def pairs(self) -> pd.DataFrame:
         "Jaccard index of every two circuits at each level, beside that of random sets of their sizes"
-        rows = [dict(first=i, second=j, level=l, jaccard=value, chance=by_chance(a, b)[l])
-                for (i, a), (j, b) in combinations(enumerate(self.circuits), 2) for l, value in jaccard(a, b).items()]
-        return pd.DataFrame(rows)
+        return pairs_of(self.circuits)
 
     @checked
     def table(self,
         few: Share = .25,  # a node in at most this share of the circuits, or in a single one, is noise
     ) -> pd.DataFrame:
         "Of each level: its nodes, those that are core, contingent and noise, and the mean Jaccard index beside chance"
-        noise, totals = max(few, 1 / len(self.circuits)) + 1e-6, self.circuits[0].counts()
-        rows = {l: dict(nodes=totals[l][1], core=int((s > 1 - 1e-6).sum()), contingent=int(((s > noise) & (s < 1 - 1e-6)).sum()),
-                        noise=int(((s > 0) & (s <= min(noise, 1 - 1e-6))).sum())) for l, s in self.shares.items()}
-        return pd.DataFrame(rows).T.join(self.pairs().groupby("level")[["jaccard", "chance"]].mean()).rename_axis("level")
+        return table_of(self.circuits, self.shares, few)
 
-# %% ../nbs/49_stability.ipynb #58d39e46
+# %% ../nbs/49_stability.ipynb #462dc9e7
 def check_alike(
     circuits: list[Any],  # as a user gives them
 ) -> tuple[Circuit, ...]:
@@ -122,10 +139,10 @@ def check_alike(
         f"the circuits belong to models with the fingerprints {', '.join(known)}: expected circuits of one model")
     searched = {tuple(c.kept) for c in circuits}
     if len(searched) > 1: raise InputError(
-        f"the circuits have different levels, {' and '.join(map(shown, sorted(searched)))}: search all of them with the same levels")
+        f"the circuits have different levels, {' and '.join(map(shown, sorted(searched)))}: search all of them at the same ones")
     return tuple(circuits)
 
-# %% ../nbs/49_stability.ipynb #c52dc1ce
+# %% ../nbs/49_stability.ipynb #690549a0
 @checked
 def consensus(
     circuits: Annotated[Iterable[Any], "a list of circuits"],  # of one behaviour in one model, such as those of several seeds

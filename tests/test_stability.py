@@ -7,11 +7,17 @@ import torch
 from mgprune import tasks
 from mgprune.circuit import Circuit, from_kept, from_scores, full_circuit, jaccard
 from mgprune.evaluation import cut_by_size, cuts, evaluate
+from mgprune.gates import HardConcrete, Sigmoid
+from mgprune.many import arguments_of, named
 from mgprune.models import InputError
+from mgprune.recipe import Asked, Goal, Recipe
+from mgprune.resume import begin, depends_on
+from mgprune.search import Search, step
 from mgprune.sites import find_sites
 from mgprune.stability import Consensus, by_chance, consensus, rank, ranks
 from mgprune.streams import prepare
-from mgprune.tree import level_shapes
+from mgprune.training import discover
+from mgprune.tree import DEFAULT_LEVELS, level_shapes
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +142,38 @@ def test_what_is_no_set_of_circuits_of_one_model_is_refused(sites):
     assert len(consensus([known(a, "1"), b]).circuits) == 2  # one does not say which model it is of
     for least in (0, 1.5, "half"):
         with pytest.raises(InputError, match="least="): consensus([a, b]).circuit(least)
+
+
+@pytest.mark.parametrize("gate", [Sigmoid(), HardConcrete()], ids=["sigmoid", "hard concrete"])
+def test_a_price_of_nothing_changes_no_search_and_a_high_one_does(model, sites, gate):
+    examples, given = prepare(model, tasks.ioi(model, n=(16, 8, 8)), "train"), ranked(sites, 0)
+    def after(price, away):
+        search = Search(examples, Goal(kl=.1), DEFAULT_LEVELS, Recipe(away_price=price), gate, away=away)
+        for _ in range(4): step(search)
+        return search.ways.part(search.scores.detach())["mlp_neuron"]
+    plain, free, dear = after(3., None), after(0., given), after(30., given)
+    assert plain.equal(free)
+    kept = given.kept["mlp_neuron"]
+    assert (dear - plain)[kept].mean() < (dear - plain)[~kept].mean()
+
+
+def test_a_search_away_from_a_circuit_says_so_and_is_another_search(model, sites):
+    task, given, other = tasks.ioi(model, n=(32, 16, 8)), ranked(sites, 0), ranked(sites, 1)
+    quick = Recipe(steps=3, confidence=None, trim=False)
+    with pytest.warns(UserWarning): found = discover(model, task, keep=.2, recipe=quick, away=given, progress=False)
+    assert found.provenance.settings["away"]["neurons"] == given.n_neurons() and found.provenance.settings["recipe"]["away_price"] == 3
+    asked = Asked(Goal(keep=.2), DEFAULT_LEVELS, "corrupt", 0, quick, Sigmoid())
+    known = [depends_on(begin(model, task, replace(asked, away=away))) for away in (None, given, other)]
+    assert known[0] != known[1] != known[2] and "away.digest" in known[1] and "away.digest" not in known[0]
+    jobs = named([arguments_of(dict(model=model, task=task, keep=.2, away=away), 0) for away in (None, given, other, given)])
+    assert len({job.name for job in jobs}) == 3 and jobs[1].name == jobs[3].name
+
+
+def test_a_circuit_to_stay_away_from_must_be_of_the_model(model, sites):
+    task = tasks.ioi(model, n=(16, 8, 8))
+    elsewhere = replace(ranked(sites, 0), provenance=dict(fingerprint="other"))
+    for wrong, goal, says in ((elsewhere, dict(kl=.1), "away: .*fingerprint other"), ("ioi.json", dict(kl=.1), "away='ioi.json'"),
+                              (full_circuit(replace(sites, mlp_width=9)), dict(kl=.1), "away: "),
+                              (ranked(sites, 0), dict(penalties=dict(head=.1)), "away: .*Give kl or keep")):
+        with pytest.raises(InputError, match=says):
+            discover(model, task, **goal, recipe=Recipe(steps=2, confidence=None), away=wrong, progress=False)
