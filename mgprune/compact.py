@@ -328,14 +328,15 @@ def layouts(
     mlp = tuple(mlp_readers(host, i) for i in layers)
     return [Layout(tuple(attention_readers(host, i, mixed) for i in layers), mlp) for mixed in (False, True)]
 
-# %% ../nbs/14_compact.ipynb #eb9c3e92
+# %% ../nbs/14_compact.ipynb #b205f8bf
 def is_watched(
     module: Any,  # any
 ) -> bool:
-    "Whether a hook sees what it computes; those that transformers leaves where attentions were asked for sleep meanwhile"
+    "Whether a hook sees what it computes; those that transformers leaves once attentions were asked for sleep meanwhile"
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
 
+# %% ../nbs/14_compact.ipynb #eb9c3e92
 def readers_at(
     host: Host,  # model with its sites
     site: str,   # "attention" or "mlp"

@@ -24,7 +24,7 @@ from .files import check_place, digest
 from .models import as_bytes, fingerprint, load_model, tokenizer_of
 from .processes import together
 from .recipe import Goal
-from .resume import file_of
+from .resume import file_of, known_by_nodes
 from .tasks import BUILT_IN, SPLITS, Task
 from .training import discover
 from .tree import check_levels
@@ -160,6 +160,7 @@ def job_of(
     said = [*weights, pairs_known_by(given["task"]), number(given["kl"]), number(given["faithfulness"]), number(keep), prices,
             given["levels"], given["seed"], recipe, code_of(type(gate), "gate"), repr(gate),
             code_of(ablation_named(given["ablation"]), "ablation"), *([given["over"]] if given["over"] != "vocabulary" else [])]
+    if given["away"] is not None: said.append(known_by_nodes(given["away"]))
     file = file_of(given["task"])
     return Job(given, weights[0], file["digest"] if file else None, digest(json.dumps(said, sort_keys=True).encode()))
 
@@ -387,6 +388,7 @@ def setting(
     if name == "task": return getattr(value, "name", "own pairs" if isinstance(value, (list, tuple)) else str(value))
     if name == "ablation": return name_of(ablation_named(value))
     if name == "keep" and isinstance(value, (list, tuple)): return value[0]
+    if isinstance(value, Circuit): return f"{value.n_neurons()} neurons"
     return value if value is None or isinstance(value, (int, float, str)) else str(value)
 
 def found_in(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from .arguments import Count, Finite, InputError, Must, Share, above, at_least, check_fields, expect, fits, shown
+from .circuit import Circuit
 from .evaluation import Divergence, Inside, Within, in_nats
 from .objective import Over
 from .tasks import Task
@@ -103,6 +104,7 @@ class Recipe:
     pace: Positive = 0.1          # most that the smallest and largest size change per step, in units of log odds
     group_start: Finite = 6.      # score of blocks, heads and MLPs at the start, where neurons have 0
     group_price: NotNegative = 0.35  # of an open head or MLP, in heads' worth of neurons
+    away_price: NotNegative = 3.     # what a neuron of the circuit to stay away from costs more, in neurons
     averaging: Share = 0.05       # weight of the last step in the running average of the scores that ranks the nodes
     confidence: Inside | None = 0.95  # that a divergence holds on other pairs, and other words where held out; None: not asked
     trim: bool = True             # close what the divergence asked for does not need, and measure what the rest is needed for
@@ -129,3 +131,4 @@ class Asked:
     seed: int       # of the search
     recipe: Recipe  # settings
     gate: Any       # what turns log alpha into a gate
+    away: Circuit | None = None  # whose neurons cost more; None: no other circuit counts

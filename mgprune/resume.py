@@ -19,13 +19,13 @@ import transformers
 from .ablations import ablation_named, name_of
 from .arguments import InputError, as_path, printable, shown
 from .checks import trusted
-from .circuit import Circuit, Provenance
+from .circuit import Circuit, Provenance, check_model
 from .evaluation import check_enough
 from .files import digest, read_state, working_in, write_state
 from .hooks import Host
 from .models import as_bytes
 from .processes import check_alike, first_does, together
-from .recipe import Asked, Behaviour
+from .recipe import Asked, Behaviour, Goal
 from .search import Search
 from .streams import Examples, task_of
 from .tasks import BUILT_IN, SPLITS, Task, from_pairs
@@ -59,6 +59,13 @@ def file_of(
     if not isinstance(task, (str, Path)) or str(task).replace("-", "_") in BUILT_IN: return None
     return dict(path=str(as_path(task)), digest=digest(as_path(task).read_bytes()))
 
+def known_by_nodes(
+    circuit: Circuit,  # any
+) -> dict[str, Any]:
+    "What tells a circuit from others of its model, in plain values"
+    kept = b"".join(f"{l} {tuple(k.shape)}".encode() + as_bytes(k) for l, k in circuit.kept.items())
+    return dict(neurons=circuit.n_neurons(), digest=digest(kept))
+
 def origin(
     host: Host,        # model with its sites
     task: Task,        # the behaviour
@@ -69,11 +76,23 @@ def origin(
     name = getattr(host.model, "loaded_as", None) or getattr(host.model, "name_or_path", "")
     sizes, gate = [len(getattr(task, split)) for split in SPLITS], dict(name=type(asked.gate).__name__, **asdict(asked.gate))
     settings = dict(asdict(asked.goal), levels=asked.levels, recipe=asdict(asked.recipe), gate=gate)
+    if asked.away is not None: settings |= dict(away=known_by_nodes(asked.away))
     return Provenance(model=name, fingerprint=host.fingerprint, task=task.name, corruption=task.corruption, task_seed=task.seed,
                       pairs=sizes, hold_out=task.hold_out, ablation=name_of(asked.ablation), settings=settings,
                       versions=versions(), seed=asked.seed, pairs_file=file_of(given))
 
 # %% ../nbs/26_resume.ipynb #c21cd2c4
+def check_away(
+    away: Circuit,  # to stay away from
+    host: Host,     # the model to search, with its sites
+    goal: Goal,     # of the search
+) -> None:
+    "Refuse a circuit of another model, and a goal whose search counts no neurons"
+    try: check_model(away, host)
+    except InputError as e: raise InputError(f"away: {e}") from e
+    if goal.penalties is not None: raise InputError(
+        "away: its neurons cost more where a size or a divergence is asked for, but penalties count no neurons. Give kl or keep")
+
 def begin(
     model: torch.nn.Module,  # a Hugging Face causal language model
     given: Behaviour,        # the behaviour, as pairs of prompts
@@ -86,6 +105,7 @@ def begin(
     if asked.goal.penalties is None and not counted & {*levels}: raise InputError(
         f"levels={levels}: a size is counted in neurons, on which these have no say. Add a level of {', '.join(NEURONS)}, or one "
         "above them; or give penalties")
+    if asked.away is not None: check_away(asked.away, host, asked.goal)
     task = task_of(model, given) if isinstance(given, (Task, str, Path)) else from_pairs(model, given)
     if asked.goal.budgets: check_enough(len(task.valid), asked.recipe.confidence)
     asked = replace(asked, levels=levels, ablation=ablation)

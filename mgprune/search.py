@@ -14,6 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .arguments import InputError
+from .circuit import Circuit
 from .evaluation import in_nats
 from .gates import Sigmoid
 from .models import frozen
@@ -79,6 +80,18 @@ def prices(
         return group_price * ways.sites.head_width / level_shapes(ways.sites, level)[level][-1]
     return torch.cat([torch.full_like(places, part(level), dtype=torch.float) for level, places in ways.finest.items()])
 
+def tolls(
+    ways: Ways,            # of the gates that are searched
+    away: Circuit | None,  # to stay away from
+    price: float,          # what each of its neurons costs more, in neurons
+) -> torch.Tensor | None:
+    "What the cost of each neuron is multiplied by, [neurons]; None where it is 1 for all"
+    if away is None: return None
+    def toll(level: str, places: torch.Tensor) -> torch.Tensor:
+        if level not in away.kept: return torch.ones(len(places), device=places.device)
+        return 1 + price * away.kept[level].to(places.device).flatten()[places].float()
+    return torch.cat([toll(level, places) for level, places in ways.finest.items()])
+
 # %% ../nbs/25_search.ipynb #808293ce
 def exact(
     number: float,         # any
@@ -118,6 +131,7 @@ class Search:
         recipe: Recipe = Recipe(),  # settings
         gate: Gate = Sigmoid(),     # what turns log alpha into a gate
         seed: int = 0,              # of the sizes and the noise of the gates
+        away: Circuit | None = None,  # whose neurons cost more
     ) -> None:
         self.examples, self.goal, self.recipe, self.gate, self.sites = examples, goal, recipe, gate, examples.sites
         self.steps, device, self.wanted = 0, examples.host.device, widest(goal, examples)
@@ -126,10 +140,9 @@ class Search:
         self.unwritten: list[torch.Tensor] = []    # [names] the same for the last steps, not yet waited for
         self.noise = torch.Generator(device).manual_seed(seed)
         self.scores = first_scores(self.ways, goal, recipe).requires_grad_()
-        self.average = self.scores.detach().clone()
-        self.felt = torch.zeros_like(self.average, dtype=torch.bool)  # gates that ever had a gradient
+        self.average, self.felt = self.scores.detach().clone(), torch.zeros_like(self.scores, dtype=torch.bool)  # felt a gradient
         self.optimizer = torch.optim.Adam([self.scores], lr=recipe.rate, betas=(0.9, 0.98), eps=1e-12)
-        self.price = prices(self.ways, recipe.group_price)
+        self.price, self.tolls = prices(self.ways, recipe.group_price), tolls(self.ways, away, recipe.away_price)
         self.smallest = self.largest = exact(log_odds(recipe.first_size), device)  # sizes to draw from, in log odds
         self.counted: torch.Tensor | None = None  # [neurons] which are not shut; None: all
         self.only: Open = {}                      # what alone is computed
@@ -203,6 +216,7 @@ def cost_slopes(
 ) -> torch.Tensor:
     "Derivative of the cost to each gate's location, [gates]"
     each = costs(search.ways.up(chance, 1.), search.price) * search.ways.up(rise, 0.)
+    if search.tolls is not None: each = each * search.tolls
     if search.counted is not None: each = each * search.counted
     return chance.new_zeros(len(chance) + 1).index_add_(0, search.ways.index.flatten(), each.flatten())[:-1]
 

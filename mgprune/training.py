@@ -71,7 +71,7 @@ def learn(
     progress = progress and together()[0] == 0
     check_task(task, train, goal, progress)
     if outline and progress: print(f"the search takes {outline.line}", flush=True)
-    search = Search(train, goal, asked.levels, asked.recipe, asked.gate, asked.seed)
+    search = Search(train, goal, asked.levels, asked.recipe, asked.gate, asked.seed, asked.away)
     answers = [] if begun.folder is None else sums_of_answers(train)
     if begun.state:
         if begun.folder is not None: check_bits(begun.state[1]["answers"], answers)
@@ -171,11 +171,12 @@ def discover(
     progress: bool = True,              # show a progress bar
     ablation: Any = "corrupt",          # what ablated nodes hold: a name in ABLATIONS, or a function
     save: str | Path | None = None,     # folder that keeps the search and its result: the same call goes on after an interruption
+    away: Circuit | None = None,        # another circuit of the model, to stay away from: its neurons cost more
 ) -> Circuit:
     "Find the circuit of a task in a frozen model"
     goal = goal_of(kl, keep, penalties, faithfulness, over)
     if len(goal.shares) > 1: raise InputError(f"keep={keep!r}: expected one share of the neurons; sweep takes several")
-    with kept_in(save, begin(model, task, Asked(goal, levels, ablation, seed, recipe, gate))) as begun:
+    with kept_in(save, begin(model, task, Asked(goal, levels, ablation, seed, recipe, gate, away))) as begun:
         for circuit in first_does(lambda: read_back(begun, [RESULT], progress)): return circuit
         learned = learn(begun, progress)
         valid = learned.bound("valid") if goal.budgets else None
