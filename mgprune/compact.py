@@ -348,7 +348,8 @@ def readers_at(
     if not readers: return ()
     name = getattr(host.sites, site)[i]
     inside = host.module(name.rpartition(".")[0]).modules()
-    return readers if not any(map(is_watched, inside)) and all(map(is_plain, (host.module(name), *(r.module for r in readers)))) else ()
+    plain = all(map(is_plain, (host.module(name), *(r.module for r in readers))))
+    return readers if plain and not any(map(is_watched, inside)) else ()
 
 def places_of(
     host: Host,           # model with its sites
