@@ -176,8 +176,9 @@ def depends_on(
     begun: Begun,  # a search
 ) -> dict[str, Any]:
     "All that its circuit depends on: name -> plain value"
-    about, parts = begun.about, [vars(begun.task.batch(split)) for split in SPLITS]
-    pairs = digest(b"".join(f"{name} {tuple(t.shape)}".encode() + as_bytes(t) for part in parts for name, t in part.items()))
+    about, parts = begun.about, [vars(begun.task.batch(split)).items() for split in SPLITS]
+    held = [(name, t) for part in parts for name, t in part if t is not None]
+    pairs = digest(b"".join(f"{name} {tuple(t.shape)}".encode() + as_bytes(t) for name, t in held))
     values = {k: about[k] for k in ("task", "corruption", "task_seed", "ablation", "seed")} | flat(about["settings"]) | {
         "digest of the pairs": pairs, "fingerprint of the model": about.fingerprint,
         "device": begun.host.device.type, "version of mgprune": about["versions"]["mgprune"]}

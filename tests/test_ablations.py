@@ -461,4 +461,4 @@ def test_values_that_do_not_fit_are_refused(model, task, spoil):
 
 def test_the_first_line_says_what_was_closed(model, task, capsys):
     discover(model, task, keep=.3, ablation="mean", recipe=QUICK)
-    assert "with every node ablated (ablation mean) it is right on" in capsys.readouterr().out
+    assert "with every node ablated (ablation mean) it is correct on" in capsys.readouterr().out

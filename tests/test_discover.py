@@ -77,7 +77,7 @@ def test_sweep_is_nested_and_of_the_sizes_asked_for(model, task):
     assert all(abs(evaluate(c, model, task)["kl"] - c.provenance["metrics"]["kl"]) < 1e-6 for c in circuits)
 
 
-def test_a_share_and_a_faithfulness_hold_on_the_pairs_to_choose_on(model, task):
+def test_a_share_and_a_faithfulness_hold_on_the_pairs_to_choose_on(model, task, tmp_path):
     circuits = sweep(model, task, kl=("20%", "10%"), faithfulness=.2, recipe=QUICK, progress=False)
     for circuit, share in zip(circuits, (.2, .1)):
         measured = evaluate(circuit, model, list(task.valid))
@@ -85,6 +85,7 @@ def test_a_share_and_a_faithfulness_hold_on_the_pairs_to_choose_on(model, task):
     one = discover(model, task, kl="10%", faithfulness=.2, recipe=QUICK, progress=False)
     measured = evaluate(one, model, list(task.valid))
     assert measured["kl"] <= .1 * measured["closed_kl"] and one.provenance["hold_out"] == "words"
+    for circuit in (one, *circuits): assert Circuit.load(circuit.save(tmp_path / "share.json", overwrite=True), model) == circuit
     with pytest.raises(InputError, match="16 validation pairs .* expected at least 59"): discover(model, task, kl=.1, progress=False)
     with pytest.raises(InputError, match="at most 0.5: how far from 1"): discover(model, task, kl=.1, faithfulness=.9)
 
@@ -105,7 +106,7 @@ def test_a_model_that_cannot_do_the_task(task):
     config = GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=64, vocab_size=len(task.tokenizer), bos_token_id=0, eos_token_id=0)
     with pytest.warns(UserWarning) as seen: discover(load_model(GPT2LMHeadModel(config), task.tokenizer), task, recipe=QUICK, progress=False)
     said = " ".join(str(w.message) for w in seen)
-    assert "right on only" in said and "the corruption changes (almost) nothing" in said
+    assert "correct on only" in said and "the corruption changes (almost) nothing" in said
 
 
 def test_all_closed_and_all_open(model, task):
