@@ -587,7 +587,8 @@ def sites_of(
 
 # %% ../nbs/18_circuit.ipynb #5fcdfdb4
 SETTINGS = {"threshold": Number, "kl": Number | str | list[Number | str] | None, "keep": Number | list[Number] | None,
-            "penalties": dict[str, Number] | None, "over": Over, "levels": list[str], "recipe": dict[str, Any], "gate": dict[str, Any]}
+            "penalties": dict[str, Number] | None, "over": Over,
+            "levels": list[str], "recipe": dict[str, Any], "gate": dict[str, Any]}
 
 def check_provenance(
     data: Any,  # what a file says

@@ -7,15 +7,15 @@ __all__ = ['trimmed']
 
 # %% ../nbs/22_trimming.ipynb #86b3ccd8
 import math
-from bisect import bisect
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from .arguments import Share, checked
 from .circuit import Circuit, from_kept
-from .evaluation import FEW, SOME, Divergence, Inside, Within, check_enough, excess, excess_over
+from .evaluation import FEW, SOME, Divergence, Inside, Within, bounds, check_enough, excess, excess_over
 from .models import frozen
 from .objective import Over, divergence
 from .passes import fitting_size, open_at, step_bytes
@@ -116,25 +116,27 @@ def without(
     return from_kept(kept, circuit.sites, scores=circuit.scores, provenance=circuit.provenance)
 
 # %% ../nbs/22_trimming.ipynb #4fc87844
-def expected(
+PASSES = 12  # over all pairs, that closing parts may take
+
+def beside(
     circuit: Circuit,     # to measure
-    examples: Examples,   # of which a few are measured
+    examples: Examples,   # on them, or on as few as say that it is over
     kl: float | str,      # divergence that it may have
+    confidence: float | None,    # chance that pairs not measured here hold it too; None: only these
     faithfulness: float | None,  # how far from 1 its faithfulness may be; None: as far as it likes
+    over: Over,           # what the divergence is over: all tokens, or the answers alone
     by: torch.Tensor,     # [criteria] by how much a circuit that differs by little is over on all pairs
     each: torch.Tensor,   # [criteria, examples] and its excess on each
-    over: Over = "vocabulary",  # what the divergence is over: all tokens, or the answers alone
-) -> torch.Tensor:
-    "By how much the circuit may be over on all pairs, [criteria]: the other's, and the mean change on a few"
-    masks, total, found = circuit.masks().to(examples.host.device), min(SOME, len(examples)), []
-    for start, end in ((0, FEW), (FEW, total)):
-        some = examples[start:min(end, total)]
-        found.append(excess(some, some.logits(masks), kl, faithfulness, over))
-        now = torch.cat(found, 1)
-        change = now - each[:, :now.shape[1]]
-        doubt = 2 * max(1 / now.shape[1] - 1 / total, 0) ** .5 * change.std(1, correction=0)
-        if end >= total or (by + change.mean(1) - doubt > 0).any(): break
-    return by + change.mean(1)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    "As excess_over: where measuring ends early, by how much the other is over, and the mean change"
+    masks, total, found = circuit.masks().to(examples.host.device), len(examples), []
+    for start, end in pairwise([0, *(end for end in (FEW, *range(SOME, total, SOME)) if end < total), total]):
+        part = examples[start:end]
+        found.append(excess(part, part.logits(masks), kl, faithfulness, over))
+        change = torch.cat(found, 1) - each[:, :end]
+        doubt = 2 * end ** -.5 * change.std(1, correction=0) if end < SOME else 0
+        if end < total and (by + change.mean(1) - doubt > 0).any(): return by + change.mean(1), torch.cat(found, 1)
+    return bounds(torch.cat(found, 1), examples, confidence), torch.cat(found, 1)
 
 # %% ../nbs/22_trimming.ipynb #716c3cb3
 def of_those_left(
@@ -157,30 +159,26 @@ def trimmed(
     faithfulness: Within | None = None, # how far from 1 its faithfulness may be besides; None: as far as it likes
     over: Over = "vocabulary",  # what the divergence is over: all tokens, or the answers alone
     share: Share = 0.1,        # of the neurons of a head, MLP or expert, that are tried together
-    sure: bool = False,        # measure all pairs always, and go on until no part can go
+    sure: bool = False,        # measure all pairs always, and go on until no part can go, however long it takes
 ) -> Circuit:
     "The circuit without what the budget does not need; its provenance says what each part that is left is needed for"
-    def beyond(c: Circuit) -> tuple[torch.Tensor, torch.Tensor]:
-        return excess_over(c, examples, kl, confidence, faithfulness, math.inf, over)
+    asked = (examples, kl, confidence, faithfulness)
     check_enough(len(examples), confidence)
-    before, tried, needed, (by, each) = circuit.n_neurons(), 0, {}, beyond(circuit)
+    (by, each), before, tried, spent, needed = excess_over(circuit, *asked, math.inf, over), circuit.n_neurons(), 0, 0, {}
     again = (by <= 0).all()
     while again:
-        start = circuit
+        again = False
         for of in (1., share):
-            waiting, held = [parts(circuit, closing(circuit, examples, over), of)], [circuit]
-            while waiting:
-                group = [part for part in waiting.pop() if held[-1].kept[part.finest][part.neurons].all()]
+            waiting = [parts(circuit, closing(circuit, examples, over), of)]
+            while waiting and (sure or spent < PASSES * len(examples)):
+                group = [part for part in waiting.pop() if circuit.kept[part.finest][part.neurons].all()]
                 if not group: continue
-                candidate, half, tried = without(held[-1], *group), len(group) // 2, tried + 1
-                most = beyond(candidate)[0] if sure else expected(candidate, examples, kl, faithfulness, by, each, over)
-                likely = most.max().item()
-                if likely <= 0: held.append(candidate)
+                candidate, half = without(circuit, *group), len(group) // 2
+                found, now = excess_over(candidate, *asked, math.inf, over) if sure else beside(candidate, *asked, over, by, each)
+                tried, spent = tried + 1, spent + now.shape[1]
+                if (found <= 0).all(): circuit, by, each, again = candidate, found, now, sure
                 elif half: waiting += [group[half:], group[:half]]
-                else: needed[group[0].kind, group[0].level, group[0].node] = round(likely, 5)
-            circuit = held[bisect(range(1, len(held)), False, key=lambda i: not (beyond(held[i])[0] <= 0).all())]
-            by, each = beyond(circuit)
-        again = sure and circuit != start
+                else: needed[group[0].kind, group[0].level, group[0].node] = round(found.max().item(), 5)
     said: dict[str, Any] = dict(before=before, neurons=circuit.n_neurons(), share=share, sure=sure, tried=tried)
     said["over"] = of_those_left(circuit, needed)
     if over != "vocabulary": said["divergence_over"] = over

@@ -85,7 +85,7 @@ def test_a_share_and_a_faithfulness_hold_on_the_pairs_to_choose_on(model, task, 
     one = discover(model, task, kl="10%", faithfulness=.2, recipe=QUICK, progress=False)
     measured = evaluate(one, model, list(task.valid))
     assert measured["kl"] <= .1 * measured["closed_kl"] and one.provenance["hold_out"] == "words"
-    for circuit in (one, *circuits): assert Circuit.load(circuit.save(tmp_path / "share.json", overwrite=True), model) == circuit
+    for circuit in (one, *circuits): assert Circuit.load(circuit.save(tmp_path / "share.json"), model) == circuit
     with pytest.raises(InputError, match="16 validation pairs .* expected at least 59"): discover(model, task, kl=.1, progress=False)
     with pytest.raises(InputError, match="at most 0.5: how far from 1"): discover(model, task, kl=.1, faithfulness=.9)
 
