@@ -110,7 +110,7 @@ def test_planning_changes_nothing(model, task):
 def test_it_is_said_before_the_search(model, task, capsys):
     discover(model, task, keep=.2, recipe=SMALL)
     said = capsys.readouterr().out.splitlines()
-    assert "the full model is right" in said[0]
+    assert "the full model is correct" in said[0]
     assert said[1].startswith("the search takes about ") and said[1].endswith("seconds")
 
 
