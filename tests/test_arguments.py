@@ -76,9 +76,11 @@ def arguments(name, f, valid, tmp_path):
     return {k: valid[k] for k in needed if k in valid and k not in special} | special
 
 
+BRIEF = Recipe(steps=2, confidence=None)
 QUICK = {  # of the measures, so that one that takes its arguments takes no time
     "agreement.optimal": dict(steps=1), "agreement.under_ablations": dict(ablations=("zero",), draws=5), "controls.controls": dict(draws=1, shares=(.5,), most=2),
-    "curves.mib_curve": dict(draws=5, fractions=(.5,)), "curves.read_scores": dict(source=[(0, 0)]), "edge_search.edges": dict(recipe=None, kl=5.), "hypotheses.hypotheses": dict(draws=1, shuffles=3, most=2),
+    "curves.mib_curve": dict(draws=5, fractions=(.5,)), "curves.read_scores": dict(source=[(0, 0)]), "edge_search.edges": dict(recipe=BRIEF, kl=5.), "edge_search.thinned": dict(recipe=BRIEF, kl=5.),
+    "hypotheses.hypotheses": dict(draws=1, shuffles=3, most=2),
     "necessity.necessity": dict(draws=1, steps=1, tries=1, most=2), "prompts.by_prompt": dict(most=2, steps=1), "report.report": dict(draws=1, most=2, ablations=("zero",)),
     "trimming.trimmed": dict(kl=5.), "worth.worth": dict(draws=5)}
 
@@ -132,6 +134,7 @@ def test_every_measure_says_what_is_wrong(valid, tmp_path, monkeypatch):
     refused, bad, functions, draw = 0, [], public(MEASURES), random.Random(0)
     model = load_model()  # that of the others has been looked into, and keeps the hooks that its library put there
     small = {"model": model, "examples": prepare(model, valid["batch"]), "circuit": full_circuit(valid["sites"]), "task": valid["task"].test, "kl": 5., "progress": False}
+    small["graph"] = mgprune.edges(small["circuit"], model, small["task"], kl=5., learn=False, recipe=BRIEF)
     assert {*functions} == {*QUICK}
     for name, f in functions.items():
         for parameter in inspect.signature(f).parameters:
@@ -148,7 +151,7 @@ def test_every_measure_says_what_is_wrong(valid, tmp_path, monkeypatch):
 
 def test_a_graph_says_what_is_wrong(valid):
     model = load_model()
-    graph = mgprune.edges(valid["circuit"], model, valid["task"], kl=5., recipe=None)
+    graph = mgprune.edges(valid["circuit"], model, valid["task"], kl=5., learn=False, recipe=BRIEF)
     draw, bad = random.Random(0), []
     given = dict(model=model, task=valid["task"], pairs=valid["task"], n=2, most=5, other=graph)
     for name in ("paths", "evaluate", "applied", "plot", "jaccard", "wires"):

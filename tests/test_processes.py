@@ -105,7 +105,7 @@ def test_a_command_for_two_processes_is_answered_once(tmp_path):
               "--dynamo_backend", "no", "--main_process_port", "0"]
     command = ["-m", "mgprune", "discover", "ioi", "--keep", "0.2", "--steps", "40", "--out", tmp_path / "two", "--json", tmp_path / "two.json"]
     said = started(*launch, *command)
-    assert said.count("Circuit of embedded") == said.count("the full model is right") == said.count("two.json") == 1
+    assert said.count("Circuit of embedded") == said.count("the full model is correct") == said.count("two.json") == 1
     one = discover(load_model(), "ioi", keep=.2, recipe=Recipe(steps=40), progress=False)
     assert one == Circuit.load(tmp_path / "two" / "circuit.json") and (tmp_path / "two.json").is_file()
 

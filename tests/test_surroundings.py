@@ -271,7 +271,7 @@ def rows(task): return [dict(clean=p.clean, corrupt=p.corrupt, answer=p.answer, 
 
 def test_good_pairs_are_not_warned_about(model, task, capsys):
     said, warned = searched(model, rows(task), capsys)
-    assert "right answers have probability" in said and "on corrupt prompts" in said
+    assert "correct answers have probability" in said and "on corrupt prompts" in said
     assert not any(words in warned for words in ("probability of only", "as on the clean ones", "the two prompts are the same", "the same token twice"))
 
 
