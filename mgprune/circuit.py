@@ -272,7 +272,8 @@ def needed(
     trimmed = circuit.provenance.trimmed or {}
     least = [f"{printable(kind)} {min(by.values()):.2g}" for kind, by in trimmed.get("over", {}).items() if by]
     known = "" if trimmed.get("sure") else ", by an estimate"
-    return f"over its budget, in nats, if one is ablated alone, at least{known}: {', '.join(least)}" if least else ""
+    untried = f"; {trimmed['untried']} heads, MLPs or tenths untried" if trimmed.get("untried") else ""
+    return f"over its budget, in nats, if one is ablated alone, at least{known}: {', '.join(least)}{untried}" if least else ""
 
 # %% ../nbs/18_circuit.ipynb #2afc1699
 FIRST = dict(  # the measures to read first, with what they mean

@@ -90,19 +90,3 @@ def random_graphs(
     wiring, draw = graph.wiring, torch.Generator().manual_seed(seed)
     among = edges_among(wiring, graph.circuit)
     return [Graph(drawn(wiring, among, len(graph), draw), graph.circuit) for _ in range(n)]
-
-# %% ../nbs/49_edge_controls.ipynb #24213d9a
-def compiled_edges(
-    wiring: Wiring,                 # of the model
-    edges: list[tuple[str, str]],   # of the compiled program, as (writer, reader)
-) -> torch.Tensor:
-    "The edges that the program's weights have, boolean [readers, writers]"
-    def node(words): return {"head": f"a{words[1]}.h{words[-1]}", "MLP": f"m{words[1]}"}[words[2]]
-    def writer(name): return "input" if name == "embedding" else node(name.split())
-    def reader(name):
-        words = name.split()
-        if name == "answer": return "logits"
-        return f"{node(words[:4])}<{words[4][0]}>" if len(words) == 5 else node(words)
-    found = torch.zeros_like(wiring.exists)
-    for one, other in edges: found[wiring.readers.index(reader(other)), wiring.writers.index(writer(one))] = True
-    return found

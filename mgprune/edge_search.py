@@ -21,8 +21,8 @@ from .graph import Graph
 from .hooks import host_of
 from .models import Model, frozen
 from .objective import kl_divergence
-from .recipe import Recipe
-from .search import at_constant_cost, falls_to, log_odds
+from .recipe import Goal, Recipe
+from .search import Sizes, at_constant_cost, drawn_size, exact, falls_to, log_odds, move_ends
 from .streams import Examples, Pairs, logits_of, prepare, task_of
 from .tasks import Task
 from .tree import NEURONS, SiteMasks
@@ -48,29 +48,6 @@ def spread_ranks(
     return ranks
 
 # %% ../nbs/46_edge_search.ipynb #b6bf6cfa
-@dataclass
-class Sizes:
-    "Which sizes a search draws from, in log odds; they move as in the search for nodes"
-    recipe: Recipe   # settings
-    kl: float        # divergence that is asked for, in nats
-    place: float     # of the next size between the ends, from 0 to 1
-    smallest: float
-    largest: float
-
-    def draw(self) -> float:
-        "The next size as a share"
-        self.place = (self.place + (5 ** .5 - 1) / 2) % 1
-        return 1 / (1 + math.exp(-self.smallest - self.place * (self.largest - self.smallest)))
-
-    def move(self,
-        kl: float,  # divergence at the size that was drawn
-    ) -> None:
-        "Move the ends: the smallest to where the divergence is so many times the one asked for"
-        r, first = self.recipe, log_odds(self.recipe.first_size)
-        fall = max(-1., min(1., math.log(max(r.beyond * self.kl, 1e-9) / max(kl, 1e-9)))) if self.place < 1 / 3 else 0.
-        self.smallest = min(first, self.smallest - 3 * r.pace * fall)
-        self.largest = max(self.smallest, self.largest - r.pace, log_odds(r.largest))
-
 def gates_of(
     scores: torch.Tensor,  # [edges]
     sharpness: float,      # of the gates
@@ -96,15 +73,15 @@ def learned_order(
     seed: int,            # of the order of the examples and the sizes
 ) -> tuple[torch.Tensor, dict[str, list[float]]]:
     "Scores of what the gates open, and how the search went"
-    draw, first = torch.Generator().manual_seed(seed), log_odds(recipe.first_size)
+    draw, first = torch.Generator().manual_seed(seed), exact(log_odds(recipe.first_size), examples.host.device)
     scores = start.to(examples.host.device).clone().requires_grad_()
     average, history = scores.detach().clone(), dict[str, list[float]](kl=[], open=[])
     optimizer = torch.optim.Adam([scores], lr=recipe.rate, betas=(.9, .98), eps=1e-12)
-    sizes = Sizes(recipe, kl, torch.rand(1, generator=draw).item(), first, first)
+    sizes = Sizes(Goal(kl=kl), recipe, kl, torch.rand(1, generator=draw).item(), first, first)
     with torch.enable_grad(), frozen(examples.model):
         for i in range(recipe.steps):
             sharpness = recipe.sharpness[0] * (recipe.sharpness[1] / recipe.sharpness[0]) ** (i / recipe.steps)
-            gates = gates_of(scores.detach(), sharpness, sizes.draw()).requires_grad_()
+            gates = gates_of(scores.detach(), sharpness, drawn_size(sizes).sigmoid().item()).requires_grad_()
             part = examples[torch.randperm(len(examples), generator=draw)[:recipe.batch_size]]
             loss = kl_divergence(part.full, answers(part, gates)).mean()
             slope, now = torch.autograd.grad(loss, gates)[0], gates.detach()
@@ -112,7 +89,7 @@ def learned_order(
             optimizer.param_groups[0]["lr"] = recipe.rate * (1 - .9 * i / recipe.steps)
             optimizer.step()
             average.lerp_(scores.detach(), recipe.averaging)
-            sizes.move(loss.item())
+            move_ends(sizes, loss.detach())
             for name, value in (("kl", loss.item()), ("open", now.sum().item())): history[name].append(float(f"{value:.4g}"))
     return average.cpu(), history
 

@@ -7,7 +7,7 @@ __all__ = ['SIZES', 'evaluate', 'cuts', 'cut_by_size', 'cut_by_kl', 'frontier', 
 
 # %% ../nbs/21_evaluation.ipynb #4c053acc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from itertools import pairwise
 from statistics import NormalDist
 from typing import Annotated, Any
@@ -198,9 +198,23 @@ def check_enough(
         f"{least_pairs(confidence)}. Give more pairs (of pairs of your own a quarter is for this); or ask for a size, with "
         f"keep=; or for a divergence on these pairs alone, with confidence=None, in a search Recipe(confidence=None)")
 
-# %% ../nbs/21_evaluation.ipynb #f9b5386a
+# %% ../nbs/21_evaluation.ipynb #59af0e0c
 FEW, SOME = 16, 64  # pairs after which measuring may end early
 
+def growing_excess(
+    circuit: Circuit,    # found on the model of the examples
+    examples: Examples,  # to measure on
+    kl: float | str,     # divergence that the circuit may have
+    faithfulness: float | None,  # how far from 1 its faithfulness may be; None: as far as it likes
+    over: Over,          # what the divergence is over: all tokens, or the answers alone
+) -> Generator[torch.Tensor]:
+    "By how much each of the first pairs is over, [criteria, examples]: of a few, then of more and more up to all"
+    masks, total, found = circuit.masks().to(examples.host.device), len(examples), []
+    for start, end in pairwise([0, *(end for end in (FEW, *range(SOME, total, SOME)) if end < total), total]):
+        found.append(excess(examples[start:end], examples[start:end].logits(masks), kl, faithfulness, over))
+        yield torch.cat(found, 1)
+
+# %% ../nbs/21_evaluation.ipynb #f9b5386a
 def bounds(
     each: torch.Tensor,        # [criteria, examples] by how much each pair is over
     examples: Examples,        # the pairs
@@ -220,14 +234,9 @@ def excess_over(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """By how much it is over each criterion, [criteria]: a bound, or the mean of the pairs measured, where measuring ended early;
     and the excess of each of these pairs, [criteria, examples]"""
-    masks, total = circuit.masks().to(examples.host.device), len(examples)
-    found, each = [], torch.empty(0)
-    for start, end in pairwise([0, *(end for end in (FEW, *range(SOME, total, SOME)) if end < total), total]):
-        part = examples[start:end]
-        found.append(excess(part, part.logits(masks), kl, faithfulness, over))
-        each = torch.cat(found, 1)
-        doubt = errors * (1 / end - 1 / total) ** 0.5 * each.std(1, correction=0)
-        if end < total and (each.mean(1) - doubt > 0).any(): return each.mean(1), each
+    for each in growing_excess(circuit, examples, kl, faithfulness, over):
+        doubt = errors * (1 / each.shape[1] - 1 / len(examples)) ** 0.5 * each.std(1, correction=0)
+        if each.shape[1] < len(examples) and (each.mean(1) - doubt > 0).any(): return each.mean(1), each
     return bounds(each, examples, confidence), each
 
 # %% ../nbs/21_evaluation.ipynb #290dedbd

@@ -29,7 +29,7 @@ from .search import Search, log_odds, next_size, slopes
 from .streams import Examples, bind, reference_of, room
 from .tasks import SPLITS, Task
 from .tree import DEFAULT_LEVELS, FINEST, LevelNames, at_sites
-from .trimming import PASSES
+from .trimming import ENOUGH, PASSES
 
 # %% ../nbs/27_planning.ipynb #ac81f488
 def in_words(
@@ -247,7 +247,7 @@ def planned(
     cut = CIRCUITS * circuits * len(parts.get("valid", [])) + circuits * len(parts["test"])
     if recipe.trim and isinstance(goal.kl, (float, int, str)):  # a sweep trims none
         held_on = len(parts["valid"])
-        cut += min(PARTS * host.sites.n_layers * (host.sites.n_heads + 1) * min(SOME, held_on), PASSES * held_on)
+        cut += min(PARTS * host.sites.n_layers * (host.sites.n_heads + 1) * min(SOME, held_on), max(PASSES * held_on, ENOUGH))
     return Plan(
         weight_bytes(host), held_bytes(held, train if kept["train"] else train[:at_once], ablation), kept["train"],
         2 * answers(train), gates, step, size * example_bytes(host, train), max(map(of, held_out)), at_once,

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../nbs/25_search.ipynb #dcc9a15f
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -121,8 +122,19 @@ def widest(
     if empty is not None: closed = divergence(full, empty, examples.batch, goal.over).mean().item()
     return max((in_nats(kl, closed) for kl in goal.budgets), default=None)
 
+# %% ../nbs/25_search.ipynb #3b6ffd48
+@dataclass(eq=False, repr=False)
+class Sizes:
+    "Which sizes a search draws from, as shares of what has gates, in log odds"
+    goal: Goal              # what to reach
+    recipe: Recipe          # settings
+    wanted: float | None    # largest divergence asked for, in nats; None: none is
+    place: float            # of the next size between the ends, from 0 to 1
+    smallest: torch.Tensor  # ends, one number each
+    largest: torch.Tensor
+
 # %% ../nbs/25_search.ipynb #57abe290
-class Search:
+class Search(Sizes):
     "The state of a search for the gates of one model on some examples"
     def __init__(self,
         examples: Examples,         # to train on; the caller holds their model frozen
@@ -188,25 +200,30 @@ def located(
     return (search.sharpness * (search.scores.detach() - t)).to(search.scores)
 
 # %% ../nbs/25_search.ipynb #204613bf
+def drawn_size(
+    sizes: Sizes,  # to draw from; the place of the size is changed
+) -> torch.Tensor:
+    "A size between the ends, in log odds"
+    sizes.place = (sizes.place + (5 ** .5 - 1) / 2) % 1
+    return sizes.smallest + sizes.place * (sizes.largest - sizes.smallest)
+
 def next_size(
     search: Search,  # its state; the place of the size is changed
 ) -> torch.Tensor | None:
     "Size of this step's circuit, in log odds; None where prices decide"
-    if search.goal.penalties is not None: return None
-    search.place = (search.place + (5 ** .5 - 1) / 2) % 1
-    return search.smallest + search.place * (search.largest - search.smallest)
+    return None if search.goal.penalties is not None else drawn_size(search)
 
 def move_ends(
-    search: Search,    # its state; the ends are changed
+    sizes: Sizes,      # its ends are changed
     kl: torch.Tensor,  # divergence of this step's circuit
 ) -> None:
     "Move the smallest and the largest size towards where they belong"
-    r, only_small_circuits_tell = search.recipe, search.place < 1 / 3
-    fall, wanted = torch.zeros_like(search.smallest), search.wanted
-    if search.goal.keep: fall = (search.smallest - log_odds(r.below * min(search.goal.shares))).clamp(-1, 1)
+    r, only_small_circuits_tell = sizes.recipe, sizes.place < 1 / 3
+    fall, wanted = torch.zeros_like(sizes.smallest), sizes.wanted
+    if sizes.goal.keep: fall = (sizes.smallest - log_odds(r.below * min(sizes.goal.shares))).clamp(-1, 1)
     elif wanted and only_small_circuits_tell: fall = 3 * (r.beyond * wanted / kl.to(fall).clamp(min=1e-9)).log().clamp(-1, 1)
-    search.smallest = (search.smallest - r.pace * fall).clamp(max=log_odds(r.first_size))
-    search.largest = torch.maximum(search.smallest, (search.largest - r.pace).clamp(min=log_odds(r.largest)))
+    sizes.smallest = (sizes.smallest - r.pace * fall).clamp(max=log_odds(r.first_size))
+    sizes.largest = torch.maximum(sizes.smallest, (sizes.largest - r.pace).clamp(min=log_odds(r.largest)))
 
 # %% ../nbs/25_search.ipynb #8a4594af
 def cost_slopes(

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import pandas as pd
 import torch
+from scipy.stats import rankdata
 
 from .arguments import InputError, Share, checked, shown
 from .circuit import Circuit, Provenance, check_same_shape, from_kept, from_scores, jaccard
@@ -35,8 +36,7 @@ def rank(
     values: torch.Tensor,  # [values]
 ) -> torch.Tensor:
     "Share of the values that are below each, [values], between 0 and 1; equal values share their middle rank"
-    _, place, count = values.unique(return_inverse=True, return_counts=True)
-    return ((count.cumsum(0) - count / 2) / len(values))[place]
+    return torch.from_numpy((rankdata(values) - .5) / len(values))
 
 def ranks(
     circuit: Circuit,  # with its scores, or without

@@ -8,14 +8,13 @@ __all__ = ['trimmed']
 # %% ../nbs/22_trimming.ipynb #86b3ccd8
 import math
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
 
 from .arguments import Share, checked
 from .circuit import Circuit, from_kept
-from .evaluation import FEW, SOME, Divergence, Inside, Within, bounds, check_enough, excess, excess_over
+from .evaluation import SOME, Divergence, Inside, Within, bounds, check_enough, excess_over, growing_excess
 from .models import frozen
 from .objective import Over, divergence
 from .passes import fitting_size, open_at, step_bytes
@@ -116,7 +115,7 @@ def without(
     return from_kept(kept, circuit.sites, scores=circuit.scores, provenance=circuit.provenance)
 
 # %% ../nbs/22_trimming.ipynb #4fc87844
-PASSES = 12  # over all pairs, that closing parts may take
+PASSES, ENOUGH = 12, 8192  # over all pairs, that closing parts may take, or so many pairs where that is more
 
 def beside(
     circuit: Circuit,     # to measure
@@ -129,14 +128,12 @@ def beside(
     each: torch.Tensor,   # [criteria, examples] and its excess on each
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "As excess_over: where measuring ends early, by how much the other is over, and the mean change"
-    masks, total, found = circuit.masks().to(examples.host.device), len(examples), []
-    for start, end in pairwise([0, *(end for end in (FEW, *range(SOME, total, SOME)) if end < total), total]):
-        part = examples[start:end]
-        found.append(excess(part, part.logits(masks), kl, faithfulness, over))
-        change = torch.cat(found, 1) - each[:, :end]
-        doubt = 2 * end ** -.5 * change.std(1, correction=0) if end < SOME else 0
-        if end < total and (by + change.mean(1) - doubt > 0).any(): return by + change.mean(1), torch.cat(found, 1)
-    return bounds(torch.cat(found, 1), examples, confidence), torch.cat(found, 1)
+    for now in growing_excess(circuit, examples, kl, faithfulness, over):
+        measured = now.shape[1]
+        change = now - each[:, :measured]
+        doubt = 2 * measured ** -.5 * change.std(1, correction=0) if measured < SOME else 0
+        if measured < len(examples) and (by + change.mean(1) - doubt > 0).any(): return by + change.mean(1), now
+    return bounds(now, examples, confidence), now
 
 # %% ../nbs/22_trimming.ipynb #716c3cb3
 def of_those_left(
@@ -165,12 +162,12 @@ def trimmed(
     asked = (examples, kl, confidence, faithfulness)
     check_enough(len(examples), confidence)
     (by, each), before, tried, spent, needed = excess_over(circuit, *asked, math.inf, over), circuit.n_neurons(), 0, 0, {}
-    again = (by <= 0).all()
+    again, untried = (by <= 0).all(), 0
     while again:
         again = False
         for of in (1., share):
             waiting = [parts(circuit, closing(circuit, examples, over), of)]
-            while waiting and (sure or spent < PASSES * len(examples)):
+            while waiting and (sure or spent < max(PASSES * len(examples), ENOUGH)):
                 group = [part for part in waiting.pop() if circuit.kept[part.finest][part.neurons].all()]
                 if not group: continue
                 candidate, half = without(circuit, *group), len(group) // 2
@@ -179,7 +176,8 @@ def trimmed(
                 if (found <= 0).all(): circuit, by, each, again = candidate, found, now, sure
                 elif half: waiting += [group[half:], group[:half]]
                 else: needed[group[0].kind, group[0].level, group[0].node] = round(found.max().item(), 5)
-    said: dict[str, Any] = dict(before=before, neurons=circuit.n_neurons(), share=share, sure=sure, tried=tried)
+            untried += sum(map(len, waiting))
+    said: dict[str, Any] = dict(before=before, neurons=circuit.n_neurons(), share=share, sure=sure, tried=tried, untried=untried)
     said["over"] = of_those_left(circuit, needed)
     if over != "vocabulary": said["divergence_over"] = over
     return replace(circuit, provenance=replace(circuit.provenance, trimmed=said))

@@ -137,3 +137,21 @@ def test_an_interrupted_one_leaves_the_model_as_it_came(model, examples, monkeyp
     with pytest.raises(KeyboardInterrupt):
         for _ in range(3): closing(full_circuit(examples.sites), examples)
     assert state(model) == before and trusted(model)
+
+
+def test_it_says_what_it_had_no_time_to_try(model, examples, monkeypatch):
+    from mgprune import trimming
+    circuit = from_kept({"head": torch.ones(4, 4, dtype=torch.bool), "mlp": torch.tensor([True, False, False, False])}, examples.sites)
+    allowed = divergence(circuit, examples).mean().item() + 1e-4
+    whole = trimmed(circuit, examples, allowed)
+    about = whole.provenance.trimmed
+    assert about["untried"] == 0 and "untried" not in repr(whole)
+    for level in ("head", "mlp"): assert {*about["over"][level]} == {".".join(map(str, node)) for node in whole.nodes(level)}
+    monkeypatch.setattr(trimming, "PASSES", 2)
+    monkeypatch.setattr(trimming, "ENOUGH", 0)
+    some = trimmed(circuit, examples, allowed)
+    about = some.provenance.trimmed
+    named, parts_left = sum(map(len, about["over"].values())), 2 * (len(some.nodes("head")) + len(some.nodes("mlp")))
+    assert 0 < about["untried"] <= parts_left - named
+    assert divergence(some, examples).mean() <= allowed
+    assert not named or f"{about['untried']} heads, MLPs or tenths untried" in repr(some)
