@@ -127,13 +127,13 @@ def beside(
     by: torch.Tensor,     # [criteria] by how much a circuit that differs by little is over on all pairs
     each: torch.Tensor,   # [criteria, examples] and its excess on each
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "As excess_over: where measuring ends early, by how much the other is over, and the mean change"
+    "By how much it is over, [criteria]: what the other is and the mean change, and no less than its own bound; and its excess"
+    now = each[:, :0]
     for now in growing_excess(circuit, examples, kl, faithfulness, over):
-        measured = now.shape[1]
-        change = now - each[:, :measured]
+        change, measured = now - each[:, :now.shape[1]], now.shape[1]
         doubt = 2 * measured ** -.5 * change.std(1, correction=0) if measured < SOME else 0
         if measured < len(examples) and (by + change.mean(1) - doubt > 0).any(): return by + change.mean(1), now
-    return bounds(now, examples, confidence), now
+    return torch.maximum(by + (now - each).mean(1), bounds(now, examples, confidence)), now
 
 # %% ../nbs/22_trimming.ipynb #716c3cb3
 def of_those_left(
