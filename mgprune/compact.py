@@ -52,6 +52,15 @@ class Reader:
     module: Any  # a Linear, or GPT-2's Conv1D
     blocks: tuple[torch.Tensor, ...]  # each [nodes, rows of a node]
 
+def reading(
+    module: Any,  # a Linear, or GPT-2's Conv1D
+    *blocks: torch.Tensor,  # each [nodes, rows of a node]
+) -> Reader:
+    "The reader, with the numbers of its rows where its weight is: a GPU waits for what is brought to it"
+    weight = getattr(module, "weight", None)
+    there = torch.device("cpu") if weight is None or weight.is_meta else weight.device
+    return Reader(module, tuple(block.to(there) for block in blocks))
+
 def own_forward(
     module: Any,  # any
 ) -> bool:
@@ -116,7 +125,7 @@ def mlp_readers(
     "The readers of a layer's MLP; none where they are not known"
     name = host.sites.mlp[i]
     if experts_at(host.sites, i) or name is None: return ()
-    found = [Reader(m, blocks_of(fan_out(m) or 0, layer_width(host.sites, i), 1)) for m in beside(host, name)]
+    found = [reading(m, *blocks_of(fan_out(m) or 0, layer_width(host.sites, i), 1)) for m in beside(host, name)]
     return tuple(found) if all(reader.blocks for reader in found) else ()
 
 def fused_blocks(
@@ -143,12 +152,12 @@ def attention_readers(
     sites, found = host.sites, beside(host, host.sites.attention[i])
     heads, groups, width = sites.n_heads, sites.n_groups, sites.head_width
     if len(found) == 1 and fan_out(found[0]) == (heads + 2 * groups) * width:
-        return (Reader(found[0], fused_blocks(sites, mixed)),)
+        return (reading(found[0], *fused_blocks(sites, mixed)),)
     group = torch.arange(heads) // (heads // groups)
     def blocks(rows):
         if rows % (heads * width) == 0: return (torch.arange(rows).view(heads, -1),)
         return (torch.arange(rows).view(groups, -1)[group],) if rows % (groups * width) == 0 else ()
-    readers = tuple(Reader(m, blocks(fan_out(m))) for m in found)
+    readers = tuple(reading(m, *blocks(fan_out(m))) for m in found)
     return readers if len(readers) > 1 and all(reader.blocks for reader in readers) else ()
 
 # %% ../nbs/14_compact.ipynb #60af105e
@@ -221,7 +230,7 @@ def only(
 ) -> Swap:
     "The projection computes the rows of these nodes alone"
     weight, bias = reader.module.weight, reader.module.bias
-    rows = torch.cat([block[nodes].flatten() for block in reader.blocks]).to(weight.device)
+    rows = torch.cat([block.to(nodes.device)[nodes].flatten() for block in reader.blocks]).to(weight.device)
     b = None if bias is None else bias[rows]
     times = by(reader.module, lambda: part_of(reader.module, 0, rows))
     def forward(x: torch.Tensor) -> torch.Tensor: return times(x.to(weight.device), b)

@@ -557,7 +557,7 @@ def prepare_edges(
     pairs: Any,              # as a user says which pairs
     split: Any = "test",     # part of a Task to take
     most: int | None = None, # pairs to take; None takes all
-    batch_size: int | None = None,  # examples per forward pass; None: as many as fit, at most 32
+    batch_size: int | None = None,  # examples per forward pass; None: as many as fit, at most 32 on a CPU
     closed: bool = False,    # answer with every node ablated
 ) -> Examples:
     "The pairs on the circuit's model, with the residual streams of their corrupted run"

@@ -32,7 +32,7 @@ def answer_logits(
     "Logits at the last position, [examples, vocabulary]"
     known = takes(model)
     # an index copies the last position; a slice of it is slow to multiply
-    last = torch.tensor([ids.shape[1] - 1], device=ids.device)
+    last = torch.arange(ids.shape[1] - 1, ids.shape[1], device=ids.device)
     options = dict(position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0), logits_to_keep=last, use_cache=False)
     found = model(input_ids=ids, attention_mask=attention_mask, **{k: v for k, v in options.items() if k in known})
     return (found.logits if hasattr(found, "logits") else found[0])[:, -1]
@@ -305,10 +305,11 @@ def step_bytes(
 def fitting_size(
     host: Host,      # model with its sites
     batch: Batch,    # pairs
-    most: int = 32,  # examples
+    most: int | None = None,  # examples; None: 32 on a CPU, and 128 on an accelerator, which takes no longer for them
     each: Callable[[Host, Batch], int] | None = None,  # says what one takes; None: example_bytes
 ) -> int:
     "Examples per forward pass that fit into half of the free memory, at least 1"
+    most = most or (32 if host.device.type == "cpu" else 128)
     return max(1, min(most, free_bytes(host.device) // 2 // (each or example_bytes)(host, batch)))
 
 # %% ../nbs/15_passes.ipynb #28b17974
@@ -326,3 +327,47 @@ def kept_for_return(
         return t
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): run()
     return sum(storage.nbytes() for storage in seen.values())
+
+# %% ../nbs/15_passes.ipynb #477cc098
+class Replayed:
+    "A function of tensors that a GPU records once, and then repeats on others of the same shapes"
+    def __init__(self,
+        f: Callable[..., tuple[torch.Tensor, ...]],  # which ran before on such tensors, so that libraries are set up
+        *given: torch.Tensor,                        # all on one GPU
+    ) -> None:
+        self.given, self.graph = [t.detach().clone() for t in given], torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(self.graph): self.found = f(*self.given)
+        finally: torch.cuda.set_stream(stream)  # which torch leaves changed where recording fails
+
+    def __call__(self,
+        *given: torch.Tensor,  # of the shapes that it was recorded with
+    ) -> tuple[torch.Tensor, ...]:
+        for own, t in zip(self.given, given): own.copy_(t)
+        self.graph.replay()
+        return tuple(t.clone() for t in self.found)
+
+# %% ../nbs/15_passes.ipynb #1e7f1198
+@contextmanager
+def as_if_recorded() -> Generator[None]:
+    "Within the context a model believes to be recorded, and what has to be waited for is refused: recording it would break torch"
+    before = torch.cuda.get_sync_debug_mode()
+    with swapped([(vars(torch.cuda), "is_current_stream_capturing", lambda: True)]):
+        torch.cuda.set_sync_debug_mode("error")
+        try: yield
+        finally: torch.cuda.set_sync_debug_mode(before)
+
+def replayed(
+    f: Callable[..., tuple[torch.Tensor, ...]],  # to record
+    given: tuple[torch.Tensor, ...],             # all on one GPU
+    known: bool,                                 # it was recorded before, on other shapes
+) -> Replayed | None:
+    "The function as it was recorded; None where the GPU cannot record it, or finds something else when it repeats it"
+    try:
+        if known: return Replayed(f, *given)
+        with as_if_recorded(): found = f(*given)
+        again = Replayed(f, *given)
+        alike = [torch.allclose(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max())) for a, b in zip(again(*given), found)]
+    except RuntimeError: return None
+    return again if all(alike) else None

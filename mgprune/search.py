@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from .ablations import corrupt
 from .arguments import InputError
 from .circuit import Circuit
 from .evaluation import in_nats
 from .gates import Sigmoid
 from .models import frozen
 from .objective import divergence
-from .passes import Open, fitting_size, open_at, step_bytes
+from .passes import Open, Replayed, fitting_size, open_at, replayed, step_bytes, tensors
 from .processes import added_up, share, together
 from .recipe import Gate, Goal, Recipe
 from .streams import Examples, one_pass
@@ -133,6 +134,18 @@ class Sizes:
     smallest: torch.Tensor  # ends, one number each
     largest: torch.Tensor
 
+# %% ../nbs/25_search.ipynb #202b9145
+SELDOM = 30  # steps between two looks at what is shut, on an accelerator, which waits for the answer
+
+def can_record(
+    examples: Examples,  # to train on
+) -> bool:
+    "Whether a GPU may record what is done with them: all of it is on this one"
+    host, held = examples.host, examples.held
+    if host.device.type != "cuda" or host.parts > 1 or held is None and examples.ablation is not corrupt: return False
+    recorded = [] if held is None else tensors(held.recording)
+    return {t.device for t in (*host.model.parameters(), *host.model.buffers(), *recorded)} == {host.device}
+
 # %% ../nbs/25_search.ipynb #57abe290
 class Search(Sizes):
     "The state of a search for the gates of one model on some examples"
@@ -158,15 +171,15 @@ class Search(Sizes):
         self.smallest = self.largest = exact(log_odds(recipe.first_size), device)  # sizes to draw from, in log odds
         self.counted: torch.Tensor | None = None  # [neurons] which are not shut; None: all
         self.only: Open = {}                      # what alone is computed
-        self.period = 1 if device.type == "cpu" else recipe.every  # steps between two looks at what is shut
+        self.period = 1 if device.type == "cpu" else SELDOM  # steps between two looks at what is shut
+        self.recorded: dict[str, Replayed | None] | None = {} if can_record(examples) else None  # what a GPU repeats, if it can
         self.at_once = fitting_size(examples.host, examples.batch, recipe.batch_size, step_bytes)  # that go there and back
         self.place = torch.rand(1, generator=self.noise, device=device).item()     # of the next size between them, from 0 to 1
 
     @property
     def history(self) -> dict[str, list[float]]:
         "Name -> a number for each step"
-        write_down(self)
-        return self.written
+        return written_down(self)
 
     @property
     def sharpness(self) -> float:
@@ -176,11 +189,12 @@ class Search(Sizes):
 
 # %% ../nbs/25_search.ipynb #bd473162
 def threshold(
-    search: Search,      # its state
-    size: torch.Tensor,  # share of the neurons, in log odds
+    search: Search,           # its state
+    size: torch.Tensor,       # share of the neurons, in log odds
+    sharpness: torch.Tensor,  # what scores above the threshold are multiplied by
 ) -> torch.Tensor:
     "The threshold of a circuit of that size"
-    sharpness, scores = search.sharpness, search.scores.detach()
+    scores = search.scores.detach()
     way = search.ways.up(scores, torch.inf)
     wanted = way.shape[1] * size.sigmoid()
     def expected(t):  # gates fall by sharpness times p (1 - p), as the sigmoids do that they are
@@ -191,12 +205,25 @@ def threshold(
     as_if_hard, margin = way.amin(0).sort().values.index_select(0, place.view(1))[0], 10 / sharpness
     return falls_to(expected, wanted, as_if_hard, scores.min() - margin, scores.max() + margin, search.period == 1)
 
+def repeated(
+    search: Search,           # its state; what is recorded is changed
+    name: str,                # of what is done
+    f: Callable[..., tuple[torch.Tensor, ...]],  # does it
+    *given: torch.Tensor,     # what alone changes, until it is to be recorded anew
+) -> tuple[torch.Tensor, ...]:
+    "What the function finds; a GPU records it once and repeats it"
+    if search.recorded is None: return f(*given)
+    again = search.recorded.get(name) or replayed(f, given, name in search.recorded)
+    search.recorded = search.recorded | {name: again} if again else None
+    return again(*given) if again else f(*given)
+
 def located(
     search: Search,             # its state
     size: torch.Tensor | None,  # share of the neurons, in log odds; None puts the threshold at 0
 ) -> torch.Tensor:
     "Log alpha, the location of each gate, [gates]"
-    t = 0. if size is None else threshold(search, size)
+    def at(size, sharpness): return threshold(search, size, sharpness),
+    t = 0. if size is None else repeated(search, "threshold", at, size, torch.full_like(size, search.sharpness))[0]
     return (search.sharpness * (search.scores.detach() - t)).to(search.scores)
 
 # %% ../nbs/25_search.ipynb #204613bf
@@ -254,6 +281,7 @@ def look(
     if shut is None: return  # gates with noise open again, and others have a slope where they are closed
     search.counted = search.ways.up(search.gate.mode(log_alpha), 1.).prod(0) > shut
     search.only = open_at(search.examples.host, at_sites(search.ways, search.counted))
+    if search.recorded and "slopes" in search.recorded: search.recorded["slopes"] = None  # to be recorded anew
 
 # %% ../nbs/25_search.ipynb #0733c534
 def to_gates(
@@ -293,9 +321,11 @@ def slopes(
     own = share(total, *together()) if parts == 1 else slice(0, total)  # the parts of a model answer together
     log_alpha.requires_grad_()
     gates, chance = search.gate.sample(log_alpha, total, generator=search.noise), search.gate.open_probability(log_alpha)
-    gates = gates if gates.dim() == 1 else gates[own]
-    first = first_row(search)
-    kl, felt = to_gates(search, search.examples[first + own.start:first + own.stop], gates, total * parts)
+    gates, first = gates if gates.dim() == 1 else gates[own], first_row(search)
+    def there_and_back(gates, rows): return to_gates(search, search.examples[rows], gates, total * parts)
+    rows: Any = slice(first + own.start, first + own.stop)
+    if search.recorded is not None: rows = torch.arange(rows.start, rows.stop, device=gates.device)
+    kl, felt = repeated(search, "slopes", there_and_back, gates, rows)
     slope, = torch.autograd.grad(gates, log_alpha, felt)
     rise, = torch.autograd.grad(chance.sum(), log_alpha)
     if size is None: slope = slope + (own.stop - own.start) / (total * parts) * priced(search) * rise
@@ -315,10 +345,10 @@ def noted(
     undecided = ((chance > .1) & (chance < .9)).float().mean()
     search.unwritten.append(torch.stack([kl.float(), search.ways.up(chance, 1.).prod(0).sum(), undecided]))
 
-def write_down(
+def written_down(
     search: Search,  # its state; its history is continued
-) -> None:
-    "Continue the history by the steps that were kept"
+) -> dict[str, list[float]]:
+    "The history, continued by the steps that were kept"
     first = search.steps - len(search.unwritten)
     for i, row in enumerate(torch.stack(search.unwritten).tolist() if search.unwritten else []):
         for name, value in zip(("step", "kl", "neurons", "undecided"), (first + i + 1, *row)):
@@ -327,6 +357,7 @@ def write_down(
     if not math.isfinite(search.written.get("kl", [0.])[-1]): raise InputError(
         f"the divergence became {search.written['kl'][-1]}: the model's answers are not finite numbers. Load it with "
         "dtype=torch.float32")
+    return search.written
 
 # %% ../nbs/25_search.ipynb #3bbc6fd5
 def step(

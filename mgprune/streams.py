@@ -6,6 +6,7 @@
 __all__ = ['Pairs', 'Examples', 'prepare']
 
 # %% ../nbs/19_streams.ipynb #2861adef
+import sys
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -134,8 +135,8 @@ MOST_KEPT = 4 << 30  # bytes
 def room(
     device: torch.device | str,  # where the model is
 ) -> int:
-    "Bytes that what ablated nodes hold may take, where nothing else is said: a quarter of what is free, at most MOST_KEPT"
-    return min(free_bytes(device) // 4, MOST_KEPT)
+    "Bytes that what ablated nodes hold may take, if nothing else is said: a quarter of what is free, on a CPU at most MOST_KEPT"
+    return min(free_bytes(device) // 4, MOST_KEPT if torch.device(device).type == "cpu" else sys.maxsize)
 
 def filled(
     store: torch.Tensor | None,  # with a row for each pair, filled up to `start`; None at first
@@ -167,7 +168,7 @@ def bind(
     output: bool = False,      # hold what the MLPs add to the residual stream too
     memory: int | None = None, # bytes that what ablated nodes hold may take, beyond which it is asked for anew for every batch
     closed: bool = True,       # answer with every node ablated
-    batch_size: int | None = None,  # examples per forward pass; None: as many as fit, at most 32
+    batch_size: int | None = None,  # examples per forward pass; None: as many as fit, at most 32 on a CPU
 ) -> Examples:
     "The pairs on the model"
     batch, size = check_batch(host.model, pairs), batch_size or fitting_size(host, pairs)
@@ -265,7 +266,7 @@ def prepare(
     output: bool = False,             # hold what the MLPs add to the residual stream too
     memory: Annotated[int, at_least(0)] | None = None,  # bytes for what ablated nodes hold, beyond which every batch makes it
     closed: bool = True,              # answer with every node ablated
-    batch_size: Count | None = None,  # examples per forward pass; None: as many as fit, at most 32
+    batch_size: Count | None = None,  # examples per forward pass; None: as many as fit, at most 32 on a CPU
 ) -> Examples:
     "Bind pairs to a model: run the untouched model once on the clean prompts, and find what ablated nodes hold"
     if isinstance(pairs, Examples):
@@ -293,7 +294,7 @@ def prepare_for(
     pairs: Any,              # as a user says which pairs; of a Task its test pairs are taken
     ablation: Any = None,    # what ablated nodes hold; None: as the circuit was found, or as Examples have it
     reference: Any = None,   # reference pairs; None: a Task's training pairs
-    batch_size: int | None = None,  # examples per forward pass; None: as many as fit, at most 32
+    batch_size: int | None = None,  # examples per forward pass; None: as many as fit, at most 32 on a CPU
 ) -> Examples:
     "The pairs on the circuit's model; another model is refused"
     if isinstance(model, Circuit): raise InputError(

@@ -14,7 +14,7 @@ import torch
 
 from .arguments import Share, checked
 from .circuit import Circuit, from_kept
-from .evaluation import SOME, Divergence, Inside, Within, bounds, check_enough, excess_over, growing_excess
+from .evaluation import FEW, SOME, Divergence, Inside, Within, bounds, check_enough, excess_over, growing_excess
 from .models import frozen
 from .objective import Over, divergence
 from .passes import fitting_size, open_at, step_bytes
@@ -160,6 +160,7 @@ def trimmed(
 ) -> Circuit:
     "The circuit without what the budget does not need; its provenance says what each part that is left is needed for"
     asked = (examples, kl, confidence, faithfulness)
+    by_pair = examples.host.device.type == "cpu"  # an accelerator takes no longer for many
     check_enough(len(examples), confidence)
     (by, each), before, tried, spent, needed = excess_over(circuit, *asked, math.inf, over), circuit.n_neurons(), 0, 0, {}
     again, untried = (by <= 0).all(), 0
@@ -172,7 +173,7 @@ def trimmed(
                 if not group: continue
                 candidate, half = without(circuit, *group), len(group) // 2
                 found, now = excess_over(candidate, *asked, math.inf, over) if sure else beside(candidate, *asked, over, by, each)
-                tried, spent = tried + 1, spent + now.shape[1]
+                tried, spent = tried + 1, spent + (now.shape[1] if by_pair else FEW)
                 if (found <= 0).all(): circuit, by, each, again = candidate, found, now, sure
                 elif half: waiting += [group[half:], group[:half]]
                 else: needed[group[0].kind, group[0].level, group[0].node] = round(found.max().item(), 5)

@@ -19,11 +19,23 @@ from .pairs import answer_id
 FEMALE = tuple("""Mary Emma Anna Sarah Laura Julia Alice Helen Kate Lucy Rachel Susan Linda Karen Nancy Lisa Betty Sandra
     Carol Ruth Sharon Michelle Emily Deborah Jessica Amanda Melissa Rebecca Martha Diane Marie Janet Catherine Frances Joyce
     Christine Virginia Maria Margaret Elizabeth Barbara Jennifer Patricia Amy Angela Ashley Nicole Samantha Stephanie Victoria
-    Olivia Sophia Grace Jane Claire Charlotte Hannah Ellen Rose Julie Anne Eva Diana Molly Sophie Isabella""".split())
+    Olivia Sophia Grace Jane Claire Charlotte Hannah Ellen Rose Julie Anne Eva Diana Molly Sophie Isabella Abigail Ada Agnes
+    Alexandra Alison Allison Alma Amelia Andrea Annie Bella Beth Caroline Christina Clara Daisy Dorothy Edith Eleanor Eliza
+    Ella Erin Esther Flora Harriet Helena Jenny Jill Joan Judith Judy Kathleen Katie Lauren Lily Lorraine Louise Marian
+    Marianne Maya Meg Mia Miranda Miriam Monica Naomi Nina Polly Rosa Ruby Sally Sara Shirley Tara Teresa Vera Wendy
+    Whitney""".split())
 MALE = tuple("""John Tom James Robert Michael William David Richard Charles Joseph Thomas Daniel Paul Mark George Kenneth
     Steven Edward Brian Ronald Anthony Kevin Jason Matthew Gary Timothy Larry Jeffrey Frank Scott Eric Stephen Andrew Raymond
     Gregory Joshua Jerry Dennis Walter Patrick Peter Harold Douglas Henry Carl Arthur Ryan Roger Joe Jack Albert Jonathan
-    Justin Adam Harry Fred Simon Ben Luke Martin Oliver Lewis Victor Philip Max Nathan Samuel""".split())
+    Justin Adam Harry Fred Simon Ben Luke Martin Oliver Lewis Victor Philip Max Nathan Samuel Aaron Abraham Adrian Alan
+    Alexander Alfred Allan Allen Andy Arnold Barry Benjamin Bernard Bert Billy Blake Bobby Brad Bradley Brent Brett Bruce
+    Bryan Byron Calvin Cameron Cecil Charlie Chester Christopher Clarence Claude Clayton Clement Colin Conrad Craig Curtis Dan
+    Dave Donald Doug Duncan Dwight Edgar Edmund Edwin Elijah Elliott Ernest Ethan Eugene Felix Floyd Frederick Gabriel
+    Geoffrey Gerald Gilbert Glenn Gordon Graham Greg Harrison Harvey Herbert Herman Horace Howard Hugh Hugo Ian Isaac Ivan
+    Jacob Jake Jeff Jeremiah Jeremy Jerome Jesse Jim Jimmy Joel Johnny Jon Josh Julian Julius Keith Kelvin Ken Kirk Kurt
+    Lawrence Leonard Louis Lucas Luther Malcolm Marc Marcus Matt Maurice Maxwell Mike Mitchell Morris Neil Nicholas Noah
+    Norman Omar Oscar Owen Percy Perry Pete Phil Phillip Ralph Randall Raphael Roland Ross Roy Russell Sebastian Stanley
+    Stefan Steve Stewart Stuart Ted Theodore Tim Todd Tommy Tony Vincent Wayne Wesley""".split())
 NEUTRAL = ("someone", "everyone", "somebody", "everybody")
 
 # %% ../nbs/07_words.ipynb #9f7878f2
