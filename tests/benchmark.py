@@ -119,6 +119,14 @@ def searches(host, batch):
     return {(opened, kind): standing(examples, *shares) for opened, shares in OPEN.items() for kind, examples in kinds.items()}
 
 
+def by_python(host, batch):
+    "On a GPU, the same with what is recorded beforehand, and steps that are not repeated without Python"
+    if host.device.type != "cuda": return {}
+    found = {(what, f"{kind}, by Python alone"): search for (what, kind), search in searches(host, batch).items() if kind == "recorded"}
+    for search in found.values(): search.recorded = None
+    return found
+
+
 def computed(search):
     "The share of the neurons that a step computes, after a step"
     ways = search.ways
@@ -136,7 +144,7 @@ def step_costs(model, sizes, repeats):
     for pairs, tokens in sizes:
         batch = random_pairs(model, pairs, tokens)
         with frozen(model):
-            under = searches(host, batch)
+            under = searches(host, batch) | by_python(host, batch)
             runs = {name: plain(model, batch.clean, last=name == LAST) for name in (PLAIN, LAST)}
             runs |= {name: partial(step, search) for name, search in under.items()}
             rounds = timed(runs, repeats, host.device, next(iter(under.values())).period)
