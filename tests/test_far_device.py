@@ -1,24 +1,26 @@
 """On a second device everything comes out as on the CPU, and no tensor is left behind: what a GPU would refuse is refused."""
+from dataclasses import replace
+
 import pytest
 import torch
 
 from far_device import far_device, is_far, moved
-from families import Pairs, holds, pairs, tiny
+from families import Pairs, holds, pairs, short_search, tiny
 from mgprune import discover, evaluate
-from mgprune.attribution import activation_difference, attribute, patching
+from mgprune.attribution import activation_difference, attribute
 from mgprune.circuit import from_scores
-from mgprune.edge_pass import edge_logits, edge_scores, prepare_edges
-from mgprune.edge_search import edges, neuron_slopes
+from mgprune.edge_search import edges
 from mgprune.necessity import necessity
 from mgprune.passes import open_at
 from mgprune.recipe import Recipe
-from mgprune.search import Search, step
+from mgprune.sites import find_sites
 from mgprune.streams import prepare
 from mgprune.trimming import trimmed
 from mgprune.tree import level_shapes
 from test_attribution import METHODS
 from test_compact import random_masks
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # a random model is right on few pairs
 QUICK = Recipe(steps=12, confidence=None, batch_size=3)
 CLOSE = dict(rtol=1e-4, atol=1e-4)  # it normalises and attends in another order of operations
 
@@ -115,7 +117,7 @@ def test_a_compacted_pass(models):
 
 
 def test_a_search(models):
-    for asked in (dict(keep=.3), dict(kl=1.)):
+    for asked in (dict(keep=.3), dict(kl="30%")):
         one, other = (discover(model, Pairs(), **asked, recipe=QUICK, progress=False) for model in models)
         assert one == other and all(s.device.type == "cpu" for s in other.scores.values())
         alike(one.provenance["metrics"], other.provenance["metrics"])
@@ -131,9 +133,26 @@ def test_what_is_done_with_a_circuit(models):
     on_both(models, lambda model: activation_difference(model, pairs()))
     on_both(models, lambda model: dict(evaluate(circuit, model, pairs())))
     on_both(models, lambda model: trimmed(circuit, prepare(model, pairs()), 1.).kept)
-    on_both(models, lambda model: necessity(circuit, model, pairs(), draws=2, steps=2, tries=2, progress=False).table.to_dict())
+    on_both(models, lambda model: necessity(circuit, model, pairs(), draws=2, steps=2, tries=2, progress=False).minimality.to_dict())
 
 
 def test_edges(models):
-    circuit = circuit_of(models[0])
-    on_both(models, lambda model: edges(None, model, Pairs(), kl=1., recipe=QUICK).kept)
+    on_both(models, lambda model: edges(None, model, Pairs(), kl="30%", recipe=replace(QUICK, steps=3)).kept)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("first, last", [("far", "cpu"), ("cpu", "far")])
+def test_a_model_on_two_devices(kind, first, last):
+    accelerate = pytest.importorskip("accelerate")
+    here, sites = tiny(kind), find_sites(tiny(kind))
+    base, words = here.base_model_prefix, "wte" if kind == "gpt2" else "embed_tokens"
+    places = {f"{base}.{name}": first if name == words else last for name, _ in getattr(here, base).named_children() if name not in ("h", "layers")}
+    places |= {sites.layers[0]: first, sites.layers[1]: last, "lm_head": first if kind == "gpt2" else last}  # whose weight is that of the words
+    there = accelerate.dispatch_model(tiny(kind), places, main_device="cpu")
+    assert {p.device.type for p in there.parameters()} == {"cpu", "far"}
+    models = here, there
+    holds(there)
+    assert short_search(there) == short_search(here)
+    on_both(models, lambda model: activation_difference(model, pairs()))
+    for ablation in ("corrupt", "zero"):
+        on_both(models, lambda model: prepare(model, pairs(), ablation=ablation).logits(circuit_of(here).masks().to(model.device)))
