@@ -414,7 +414,8 @@ def activation_difference(
         mask = batch.attention_mask[rows]  # padding counts as no difference
         clean, corrupt = (neurons(record(host, ids[rows], mask)) for ids in (batch.clean, batch.corrupt))
         for i, layers in enumerate(zip(clean, corrupt)):
-            total[i] += torch.stack([((a - b).abs() * mask[..., None]).sum((0, 1)) for a, b in zip(*layers)])
+            each = [((a - b).abs() * mask.to(a.device)[..., None]).sum((0, 1)) for a, b in zip(*layers)]
+            total[i] += torch.stack([t.to(host.device) for t in each])
     return by_level(host.sites, [t / batch.attention_mask.sum() for t in total])
 
 # %% ../nbs/29_attribution.ipynb #15707d79

@@ -159,8 +159,9 @@ def changes(
     if len({t.shape for t in (*start, *end)}) > 1: return float("inf"), 0.
     step = 8 * max(torch.finfo(t.dtype).eps for t in (*start, *end))
     def exact(t: torch.Tensor) -> torch.Tensor: return t.to(end[0].device, torch.promote_types(t.dtype, torch.float32))
-    first, second = (exact(e) - exact(s) for s, e in zip(start, end))
-    off, allowed = (first - second).abs(), step * (sum(t.abs() for t in (*start, *end)) + second.abs().amax(-1, keepdim=True))
+    before, after = ([exact(t) for t in pair] for pair in (start, end))
+    first, second = (e - s for s, e in zip(before, after))
+    off, allowed = (first - second).abs(), step * (sum(t.abs() for t in before + after) + second.abs().amax(-1, keepdim=True))
     i = (off - allowed).argmax()
     return off.flatten()[i].item(), allowed.flatten()[i].item()
 

@@ -98,7 +98,7 @@ def product(
     x: torch.Tensor,  # [..., inputs]
 ) -> torch.Tensor:
     "What it writes of these inputs, whatever its own `forward` does now"
-    return linear(x, matrix(module), module.bias)
+    return linear(x.to(module.weight.device), matrix(module), module.bias)
 
 def beside(
     host: Host,  # model with its sites
