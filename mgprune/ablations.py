@@ -85,8 +85,11 @@ Ablation = Callable[[Host, Batch, Batch | None, bool], Recording | Held]
 
 def each_pair(
     ablation: Ablation,  # whose values differ from pair to pair
-) -> Ablation:
-    "The same ablation, which may be asked again and again for a few pairs at a time, where memory does not hold all of them"
+) -> Ablation:  # an ablation that draws again for each batch
+    """The same ablation, which may be asked again and again for a few pairs at a time, where memory does not hold all of them
+
+    See also `prepare`.
+    >>> examples = prepare(model, task, ablation=each_pair(resample))"""
     setattr(ablation, "each_pair", True)  # functions have no such attribute of themselves
     return ablation
 
@@ -96,8 +99,12 @@ def corrupt(
     pairs: Batch,             # to hold values for
     reference: Batch | None,  # not used
     output: bool,             # hold what the MLPs add to the residual stream too
-) -> Recording:
-    "what they hold on the pair's own corrupt prompt"
+) -> Recording:  # one row for each pair
+    """what they hold on the pair's own corrupt prompt
+
+    See also `resample`, `mean`, `zero`.
+    >>> evaluate(circuit, model, task, ablation=corrupt)["kl"] >= 0
+    True"""
     return record(host, pairs.corrupt, pairs.attention_mask, output)
 
 # %% ../nbs/17_ablations.ipynb #ecdc8278
@@ -153,8 +160,13 @@ def resample(
     pairs: Batch,             # to hold values for
     reference: Batch | None,  # pairs to take other prompts from
     output: bool,             # hold what the MLPs add to the residual stream too
-) -> Recording:
-    "what they hold on another pair's corrupt prompt"
+) -> Recording:  # one row for each pair
+    """what they hold on another pair's corrupt prompt
+
+    Raises `InputError` if no reference pair has the length of a pair.
+    See also `corrupt`, `mean_by_position`.
+    >>> evaluate(circuit, model, task, ablation="resample")["kl"] >= 0
+    True"""
     reference, ids = wanted(reference, "resample"), torch.zeros_like(pairs.corrupt)
     for i in range(len(pairs)):
         other = another(pairs, i, reference)
@@ -209,8 +221,13 @@ def mean(
     pairs: Batch,             # to hold values for
     reference: Batch | None,  # pairs whose corrupt prompts are averaged
     output: bool,             # hold what the MLPs add to the residual stream too
-) -> Recording:
-    "their mean over the corrupt prompts of reference pairs"
+) -> Recording:  # one row that stands for all pairs and positions
+    """their mean over the corrupt prompts of reference pairs
+
+    Raises `InputError` without reference pairs.
+    See also `mean_by_position`, `optimal`.
+    >>> evaluate(circuit, model, task, ablation="mean")["kl"] >= 0
+    True"""
     return with_experts(mean_over(host, wanted(reference, "mean"), output, by_position=False), host, output)
 
 def mean_by_position(
@@ -218,8 +235,13 @@ def mean_by_position(
     pairs: Batch,             # to hold values for
     reference: Batch | None,  # pairs whose corrupt prompts are averaged
     output: bool,             # hold what the MLPs add to the residual stream too
-) -> Held:
-    "their mean at the same place in the corrupt prompts of reference pairs of the same length"
+) -> Held:  # a row for each length of prompt
+    """their mean at the same place in the corrupt prompts of reference pairs of the same length
+
+    Raises `InputError` if no reference pair has the length of a pair.
+    See also `mean`, `resample`.
+    >>> evaluate(circuit, model, task, ablation="mean_by_position")["kl"] >= 0
+    True"""
     reference, longest = wanted(reference, "mean_by_position"), pairs.clean.shape[1]
     known, rows = lengths(pairs).unique(return_inverse=True)
     def at_end(t): return torch.cat([t.new_zeros(1, longest - t.shape[1], *t.shape[2:]), t], 1)
@@ -234,8 +256,13 @@ def zero(
     pairs: Batch,             # to hold values for
     reference: Batch | None,  # not used
     output: bool,             # hold what the MLPs add to the residual stream too
-) -> Recording:
-    "zero"
+) -> Recording:  # one row of zeros that stands for all
+    """zero
+
+    Raises `InputError` for what an MLP adds if its neurons are on several processes.
+    See also `mean`.
+    >>> evaluate(circuit, model, task, ablation="zero")["kl"] >= 0
+    True"""
     sites = host.sites
     def zeros(width): return torch.zeros(1, 1, width, device=host.device, dtype=host.model.dtype)
     if output and host.parts > 1: raise InputError(
@@ -278,6 +305,12 @@ def name_of(
     name = getattr(ablation, "__name__", None)
     name = name if isinstance(name, str) and name else type(ablation).__name__
     return name if ABLATIONS.get(name, ablation) in (ablation, inspect.unwrap(ablation)) else f"own {name}"
+
+def what_it_holds(
+    ablation: Ablation,  # a function
+) -> str:
+    "What ablated nodes hold under it, in the words of its first line"
+    return (ablation.__doc__ or f"what {name_of(ablation)} returns").strip().splitlines()[0]
 
 # %% ../nbs/17_ablations.ipynb #89c54c71
 def wrong_with(

@@ -109,8 +109,14 @@ def optimal(
     most: Count = 256,                      # training pairs to fit on
     batch_size: Count = 64,                 # pairs per step
     seed: Seed = 0,                         # of the draw of pairs
-) -> Ablation:
-    "An ablation with the constants for closed nodes that harm the circuit least on training pairs"
+) -> Ablation:  # an ablation, to be given as `ablation=`
+    """An ablation with the constants for closed nodes that harm the circuit least on training pairs
+
+    Raises `InputError` for a model with experts.
+    See also `under_ablations`, `mean`.
+    >>> fitted = optimal(circuit, model, task, steps=2, most=16)
+    >>> evaluate(circuit, model, task, ablation=fitted)["kl"] >= 0
+    True"""
     output = "mlp_output" in circuit.kept
     examples = prepare(model, task, "train", "mean", task, most, output, closed=False)
     if examples.sites.experts: raise InputError("constants of experts are not fitted yet: use the ablation 'mean'")
@@ -146,8 +152,12 @@ def under_ablations(
     confidence: Confidence = .95,     # of the intervals
     draws: Count = 2000,              # resamples for the intervals of faithfulness
     seed: Seed = 0,                   # of the resamples, and of what is fitted
-) -> pd.DataFrame:
-    "Divergence and faithfulness under each ablation, with intervals, and with which others it agrees; attrs['agree']: all do"
+) -> pd.DataFrame:  # a row for each ablation; divergences in nats
+    """Divergence and faithfulness under each ablation, with intervals, and with which others it agrees; attrs['agree']: all do
+
+    See also `evaluate` for one ablation, `report` for everything.
+    >>> under_ablations(circuit, model, task, ("corrupt", "mean"), draws=50)["ablation"].tolist()
+    ['corrupt', 'mean']"""
     rows, task = list[dict[str, Any]](), task_of(model, task)
     for asked in ablations:
         try:

@@ -14,7 +14,11 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
 # %% ../nbs/00_arguments.ipynb #74b71266
 class InputError(ValueError):
-    "An argument or input file that cannot be used; the message says what to do"
+    """An argument or input file that cannot be used; the message says what to do
+
+    >>> try: discover(model, task, kl=-1)
+    ... except InputError as error: print(error)
+    kl=-1: expected a divergence above 0, in nats, ..."""
 
 # %% ../nbs/00_arguments.ipynb #895e483a
 class _Short(reprlib.Repr):

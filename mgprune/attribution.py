@@ -315,8 +315,12 @@ def corrections(
 def gim(
     model: Model,  # a Hugging Face causal language model whose attention is "eager" or "sdpa"
     temperature: Annotated[float, above(0)] = 2.,  # of the softmax of attentions, on the way back
-) -> Generator[torch.nn.Module]:
-    "Within the context the gradients of what the model computes are those of GIM; what it answers stays the same to the bit"
+) -> Generator[torch.nn.Module]:  # the model itself, within the context
+    """Within the context the gradients of what the model computes are those of GIM; what it answers stays the same to the bit
+
+    Raises `InputError` if the model's gradients are corrected already.
+    See also `attribute`.
+    >>> with gim(model): scores = attribute(model, task.train[:8])"""
     expect(temperature, "temperature", Annotated[float, above(0)], "gim: ")
     host = host_of(model)
     if model in CORRECTED: raise InputError("the gradients of this model are corrected already: leave one of the contexts")
@@ -325,7 +329,6 @@ def gim(
         CORRECTED.add(model)
         with frozen(model, parameters=False), placed(corrections(host, mode)), mode: yield model
     finally: CORRECTED.discard(model)
-
 
 # %% ../nbs/29_attribution.ipynb #f4db2f0b
 def summed(
@@ -362,9 +365,10 @@ def attribute(
     batch_size: Count = 32,           # pairs per forward and backward pass
     ablation: Any = None,             # what ablated nodes hold; None: "corrupt", or as Examples have it
 ) -> Scores:
-    "Score nodes by an average gradient of the measure: level -> scores, higher is more important"
-    sites = find_sites(model)
-    shapes = level_shapes(sites, levels)
+    """Score nodes by an average gradient of the measure: level -> scores, higher is more important
+    See also `discover`, `patching`, `mib_curve`.
+    >>> scores = attribute(model, task, method="masks")"""
+    shapes = level_shapes(sites := find_sites(model), levels)
     examples = bound(model, task, ablation, "mlp_output" in shapes)
     if method == "inputs" and examples.ablation is not corrupt: raise InputError(
         f"method='inputs' goes from corrupt prompts to clean ones: expected the ablation 'corrupt', got "
@@ -388,14 +392,17 @@ def attribute(
         scores = summed(total, levels, sites)
     return scores if signed else {level: s.abs() for level, s in scores.items()}
 
-
 # %% ../nbs/29_attribution.ipynb #7c3b4ace
 @checked
 def random_ranking(
     model: Model,    # a Hugging Face causal language model
     seed: Seed = 0,  # of the draw
 ) -> Scores:
-    "Every neuron's place by chance: level -> scores"
+    """Every neuron's place by chance: level -> scores
+
+    See also `attribute`.
+    >>> sorted(random_ranking(model, seed=1))
+    ['attention_neuron', 'mlp_neuron']"""
     noise = torch.Generator().manual_seed(seed)
     return {l: torch.rand(s, generator=noise) for l, s in level_shapes(find_sites(model), NEURONS).items()}
 
@@ -405,7 +412,10 @@ def activation_difference(
     task: Pairs,             # as in attribute
     batch_size: Count = 32,  # pairs per forward pass
 ) -> Scores:
-    "Mean absolute difference of each neuron between clean and corrupted prompts: level -> scores"
+    """Mean absolute difference of each neuron between clean and corrupted prompts: level -> scores
+
+    See also `attribute`, `patching`.
+    >>> scores = activation_difference(model, task.train[:8])"""
     examples = bound(model, task, None)
     host, batch = examples.host, examples.batch
     total = [torch.zeros(s, device=host.device) for s in site_shapes(host.sites)]
@@ -425,8 +435,12 @@ def patching(
     task: Pairs,             # as in attribute
     batch_size: Count = 32,  # pairs per forward pass
     ablation: Any = None,    # as in attribute
-) -> Scores:
-    "KL that closing each neuron alone costs, exactly: level -> scores"
+) -> Scores:  # divergences in nats; a pass for each neuron, so it is slow
+    """KL that closing each neuron alone costs, exactly: level -> scores
+
+    See also `attribute`, which takes slopes.
+    >>> patching(model, task.train[:1])["mlp_neuron"].shape  # doctest: +SKIP
+    torch.Size([4, 512])"""
     examples = prepare(model, bound(model, task, ablation), batch_size=batch_size)
     masks = [torch.ones(s, device=examples.host.device) for s in site_shapes(examples.sites)]
     effects = [torch.zeros_like(m) for m in masks]

@@ -455,7 +455,11 @@ def trusted(
 def differences(
     model: Model,  # a Hugging Face causal language model
 ) -> Off:
-    "What masks do to a model against what they should do: name -> (difference, difference allowed)"
+    """What masks do to a model against what they should do: name -> (difference, difference allowed)
+
+    See also `verify`.
+    >>> all(off <= allowed for off, allowed in differences(model).values())
+    True"""
     check_surroundings(model)
     return measured(host_of(model))
 
@@ -463,5 +467,9 @@ def differences(
 def verify(
     model: Model,  # a Hugging Face causal language model
 ) -> None:
-    "Measure, the first time that a model is used, that its masks do what they should; a model that fails is refused"
+    """Measure, the first time that a model is used, that its masks do what they should; a model that fails is refused
+
+    Raises `InputError` if masks do not do in this model what they should.
+    See also `differences`.
+    >>> verify(model)"""
     trusted(model)

@@ -39,7 +39,11 @@ Number = Annotated[Any, Must(lambda v: isinstance(v, (int, float)), ""), "a numb
 # %% ../nbs/18_circuit.ipynb #b244db14
 @dataclass(frozen=True, eq=False)
 class Provenance(Mapping[str, Any]):
-    "Where a circuit comes from, in plain values; it reads like the dictionary that a file holds, without what is not known"
+    """Where a circuit comes from, in plain values; it reads like the dictionary that a file holds, without what is not known
+
+    See also `Circuit`.
+    >>> circuit.provenance["task"], circuit.provenance.seed
+    ('ioi', 0)"""
     model: str | None = None        # that it was found in, as it was loaded
     fingerprint: str | None = None  # of the model's weights
     task: str | None = None         # the behaviour
@@ -81,7 +85,12 @@ def provenance_of(
 # %% ../nbs/18_circuit.ipynb #eb8b5ff3
 @dataclass(frozen=True, eq=False)
 class Circuit:
-    "The nodes that carry a behaviour, with their scores and their origin"
+    """The nodes that carry a behaviour, with their scores and their origin
+
+    Raises `InputError` if a tensor has not the shape of its level.
+    See also `discover`, `from_kept`, `from_scores`.
+    >>> len(circuit.heads()) <= 16
+    True"""
     kept: dict[str, torch.Tensor]  # level -> boolean tensor [layers, ...], closed
     sites: Sites                   # of the model that the nodes belong to
     scores: dict[str, torch.Tensor] = field(default_factory=dict)  # level -> [layers, ...]; higher is kept first
@@ -357,7 +366,12 @@ def from_kept(
     sites: Sites,   # from find_sites
     **rest: Any,    # scores and provenance of the circuit
 ) -> Circuit:
-    "The circuit of the kept nodes, after closure"
+    """The circuit of the kept nodes, after closure
+
+    Raises `InputError` for a level or a shape that the model does not have.
+    See also `from_scores`, `full_circuit`.
+    >>> from_kept({"head": circuit.kept["head"]}, circuit.sites).heads() == circuit.heads()
+    True"""
     kept = check_values(kept, sites, "kept", boolean=True)
     return Circuit(close({l: k.cpu().clone() for l, k in kept.items()}, sites), sites, **rest)
 
@@ -366,7 +380,11 @@ def full_circuit(
     sites: Sites,  # from find_sites
     **rest: Any,   # provenance of the circuit
 ) -> Circuit:
-    "The circuit of all nodes: the whole model"
+    """The circuit of all nodes: the whole model
+
+    See also `from_kept`.
+    >>> full_circuit(circuit.sites).n_neurons()
+    2560"""
     return from_kept({"block": torch.ones(sites.n_layers, dtype=torch.bool)}, sites, **rest)
 
 # %% ../nbs/18_circuit.ipynb #f9baffe0
@@ -377,7 +395,12 @@ def from_scores(
     threshold: float = 0.,   # keep the neurons whose lowest score is above it
     provenance: Mapping[Any, Any] | None = None,  # plain values that say where the scores come from
 ) -> Circuit:
-    "The circuit of the nodes that score above the threshold"
+    """The circuit of the nodes that score above the threshold
+
+    Raises `InputError` for a level or a shape that the model does not have.
+    See also `cut_by_size`, `cut_by_kl` for the threshold.
+    >>> scores = attribute(model, task.train[:8])
+    >>> half = from_scores(scores, circuit.sites, cut_by_size(scores, circuit.sites, .5))"""
     scores = check_values(scores, sites, "scores")
     whole = {l: torch.ones(s.shape, dtype=torch.bool) for l, s in scores.items()}  # closed where nothing below is kept
     kept = whole | {l: is_open(s, threshold) for l, s in lowest(scores, sites).items()}
@@ -411,14 +434,24 @@ def union(
     a: Circuit,  # a circuit
     b: Circuit,  # a circuit of the same model
 ) -> Circuit:
-    "Nodes that are in either circuit"
+    """Nodes that are in either circuit
+
+    Raises `InputError` if the circuits are of different models.
+    See also `intersection`, `jaccard`.
+    >>> union(circuit, full_circuit(circuit.sites)).n_neurons()
+    2560"""
     return combine(a, b, torch.logical_or)
 
 def intersection(
     a: Circuit,  # a circuit
     b: Circuit,  # a circuit of the same model
 ) -> Circuit:
-    "Nodes that are in both circuits, after closure"
+    """Nodes that are in both circuits, after closure
+
+    Raises `InputError` if the circuits are of different models.
+    See also `union`, `jaccard`, `consensus`.
+    >>> intersection(circuit, full_circuit(circuit.sites)).n_neurons() == circuit.n_neurons()
+    True"""
     return combine(a, b, torch.logical_and)
 
 # %% ../nbs/18_circuit.ipynb #f71ff35c
@@ -427,7 +460,12 @@ def jaccard(
     a: Circuit,  # a circuit
     b: Circuit,  # a circuit of the same model
 ) -> dict[str, float]:
-    "Level -> size of the intersection over size of the union, 1 for two empty levels"
+    """Level -> size of the intersection over size of the union, 1 for two empty levels
+
+    Raises `InputError` if the circuits are of different models.
+    See also `intersection`, `consensus`.
+    >>> jaccard(circuit, circuit)["head"]
+    1.0"""
     check_same_shape(a, b)
     both = {l: ((k & b.kept[l]).sum().item(), (k | b.kept[l]).sum().item()) for l, k in a.kept.items() if l in b.kept}
     return {l: i / u if u else 1. for l, (i, u) in both.items()}
@@ -437,7 +475,10 @@ def jaccard(
 def edge_counts(
     circuit: Circuit,  # a circuit
 ) -> dict[str, tuple[int, int]]:
-    "Convention -> (kept, total) number of edges, if every edge between surviving nodes survives"
+    """Convention -> (kept, total) number of edges, if every edge between surviving nodes survives
+
+    See also `edges`, which searches for edges.
+    >>> kept, total = next(iter(edge_counts(circuit).values()))"""
     sites = circuit.sites
     def count(heads, mlps):
         acdc, paper, before = 1, 1, 0  # the embedding's edge to the output

@@ -17,7 +17,7 @@ import torch
 from transformers.utils import logging
 
 from . import __version__
-from .ablations import ABLATIONS
+from .ablations import ABLATIONS, what_it_holds
 from .arguments import Count, InputError, Seed, as_path, expect, printable
 from .circuit import Circuit
 from .evaluation import DIVERGENCES, SIZES, evaluate
@@ -167,7 +167,7 @@ def ablation_option(
     default: str | None,  # what is taken where none is named; None: as the circuit was found
 ) -> None:
     "What ablated nodes hold"
-    meant = "; ".join(f"{name}: {ablation.__doc__}" for name, ablation in ABLATIONS.items())
+    meant = "; ".join(f"{name}: {what_it_holds(ablation)}" for name, ablation in ABLATIONS.items())
     option("--ablation", choices=[*ABLATIONS], default=default, metavar="A",
            help=f"what ablated nodes hold (default: {default or 'as the circuit was found'}). {meant}")
 
@@ -333,7 +333,7 @@ def in_words(
 ) -> str:
     "The ablation, and what ablated nodes hold under it"
     known = ABLATIONS.get(ablation)
-    return f"{ablation} (ablated nodes hold {known.__doc__})" if known else ablation
+    return f"{ablation} (ablated nodes hold {what_it_holds(known)})" if known else ablation
 
 # %% ../nbs/47_cli.ipynb #64783524
 def count_rows(
@@ -683,7 +683,7 @@ def run_tasks(
 ) -> None:
     "List the built-in tasks, each with how its corrupt prompts can be made"
     for name, make in BUILT_IN.items():
-        print(f"{name:<24}{in_one_line(make.__doc__)}", f"{'':<24}--corruption {' or '.join(FITTING[name])}", sep="\n")
+        print(f"{name:<24}{(make.__doc__ or '').splitlines()[0]}", f"{'':<24}--corruption {' or '.join(FITTING[name])}", sep="\n")
     print("FILE.csv, FILE.jsonl    pairs of your own, with the columns clean, corrupt, answer and, if you like, wrong")
 
 def run_models(
@@ -787,8 +787,12 @@ def how_to_go_on(
 # %% ../nbs/47_cli.ipynb #76f68566
 def main(
     argv: Sequence[str] | None = None,  # arguments; None takes those of the process
-) -> int:
-    "Run a command and return its exit code"
+) -> int:  # 0 where it went well, 2 where an argument cannot be used
+    """Run a command and return its exit code
+
+    >>> main(["tasks"])  # doctest: +ELLIPSIS
+    ioi...
+    0"""
     args = argparse.Namespace()
     with terminal():
         try:

@@ -273,7 +273,12 @@ def program_task(
     n: tuple[Count, Count, Count] = (512, 128, 128),  # number of pairs to train, choose and test with
     seed: Seed = 0, # of the draw
 ) -> Task:
-    "What a program computes, as a task"
+    """What a program computes, as a task
+
+    Raises `InputError` for an unknown name, or too few different prompts.
+    See also `compiled_program`.
+    >>> model = compiled_program("induction", pairs=2).model  # doctest: +SKIP
+    >>> task = program_task(model, "induction", n=(8, 2, 2))  # doctest: +SKIP"""
     if name not in DRAW: raise InputError(f"unknown program {name!r}: expected one of {', '.join(PROGRAMS)}")
     rng, home = random.Random(seed), dict[str, str]()
     pairs = {split: dict[tuple[str, str], Pair]() for split in SPLITS}
@@ -290,7 +295,9 @@ def program_task(
 # %% ../nbs/35_compiled.ipynb #e94b7ea0
 @dataclass(frozen=True, eq=False)
 class Compiled:
-    "A model that runs a program, and which nodes do it"
+    """A model that runs a program, and which nodes do it
+
+    See also `compiled_program`."""
     model: PreTrainedModel  # ready for use, with its tokenizer
     program: Program        # what was compiled
     task: Task              # what the program computes
@@ -304,7 +311,11 @@ def compiled_program(
     seed: Seed = 0,     # of the places, the junk and the basis
     pairs: Count = 64,  # of the task, in all of which each node is closed to find the truth
 ) -> Compiled:
-    "A stock GPT-2 that runs a compiled program, exactly, among junk"
+    """A stock GPT-2 that runs a compiled program, exactly, among junk
+
+    Raises `InputError` for an unknown name.
+    See also `plant`, `hard`, `score`.
+    >>> truth = compiled_program("induction", pairs=2).truth  # doctest: +SKIP"""
     program = read_program(name)
     model, nodes, edges = build(program, seed)
     task = program_task(model, name)

@@ -193,13 +193,13 @@ def controls(
     seed: Seed = 0,        # of all draws
     progress: bool = True, # show a progress bar
 ) -> Controls:
-    "Divergence with nodes opened again by chance and by an adversary, of random circuits, on another task and in another model"
-    rng, skipped, task = np.random.default_rng(seed), {}, task_of(model, task)
+    """Divergence with nodes opened again by chance and by an adversary, of random circuits, on another task and in another model
+    See also `report`, `hypotheses`, `necessity`.
+    >>> found = controls(circuit, model, task, draws=1, most=8, progress=False)"""
+    rng, skipped, output, task = np.random.default_rng(seed), {}, "mlp_output" in circuit.kept, task_of(model, task)
     examples = prepare(model, prepare_for(circuit, model, task, ablation), most=most)
-    output = "mlp_output" in circuit.kept
     train = prepare(model, task, "train", examples.ablation, most=most, output=output) if isinstance(task, Task) else examples
-    own = divergences(circuit, examples)
-    rows = [control("the circuit", own, examples)]
+    rows = [control("the circuit", own := divergences(circuit, examples), examples)]
     def drawn() -> dict[str, Any]:
         each = np.mean([divergences(matched(circuit, rng), examples) for _ in range(draws)], 0)
         return control("random circuits", each, examples, draws) | dict(further=interval(each - own)[0] > 0)

@@ -50,8 +50,11 @@ def unrelated_names(
     slots: Slots,             # slot names and their words, with first, second and giver
     pool: Mapping[str, Any],  # lists of words; "names" is used
     rng: random.Random,       # a random.Random
-) -> dict[str, str | int]:
-    "Three different names that do not occur in the clean prompt"
+) -> dict[str, str | int]:  # the slots with other words
+    """Three different names that do not occur in the clean prompt
+
+    See also `swap_subject`, `tasks.ioi`.
+    >>> changed = unrelated_names(task.train[0].slots, word_pool(model), random.Random(0))"""
     used = {slots[s] for s in ("first", "second", "giver")}
     fresh = _draw(rng, [name for name in pool["names"] if name not in used], 3)
     return {**slots, **dict(zip(("first", "second", "giver"), fresh))}
@@ -62,8 +65,13 @@ def swap_subject(
     slots: Slots,             # slot names and their words, with first, second and giver
     pool: Mapping[str, Any],  # not used
     rng: Any,                 # not used
-) -> dict[str, str | int]:
-    "The giver becomes the other one of the two people"
+) -> dict[str, str | int]:  # the slots with other words
+    """The giver becomes the other one of the two people
+
+    Raises `InputError` if the giver is neither of the two.
+    See also `unrelated_names`.
+    >>> swap_subject(dict(first="Ann", second="Bob", giver="Bob"), {}, None)["giver"]
+    'Ann'"""
     first, second, giver = (slots[s] for s in ("first", "second", "giver"))
     if giver not in (first, second): raise InputError(
         f"swap_subject: giver={shown(giver)}: expected {first!r} or {second!r}")
@@ -75,8 +83,12 @@ def year_01(
     slots: Slots,             # slot names and their words, with century, tens and units
     pool: Mapping[str, Any],  # not used
     rng: Any,                 # not used
-) -> dict[str, str | int]:
-    "The first year of the same century"
+) -> dict[str, str | int]:  # the slots with other words
+    """The first year of the same century
+
+    See also `decade_start`.
+    >>> year_01(dict(century="17", tens="3", units="4"), {}, None)
+    {'century': '17', 'tens': '0', 'units': '1'}"""
     return {**slots, "tens": "0", "units": "1"}
 
 # %% ../nbs/08_corruption.ipynb #5e927a56
@@ -85,8 +97,12 @@ def decade_start(
     slots: Slots,             # slot names and their words, with century, tens and units
     pool: Mapping[str, Any],  # not used
     rng: Any,                 # not used
-) -> dict[str, str | int]:
-    "The first year of the same decade"
+) -> dict[str, str | int]:  # the slots with other words
+    """The first year of the same decade
+
+    See also `year_01`.
+    >>> decade_start(dict(century="17", tens="3", units="4"), {}, None)
+    {'century': '17', 'tens': '3', 'units': '0'}"""
     return {**slots, "units": "0"}
 
 # %% ../nbs/08_corruption.ipynb #d040f56c
@@ -95,8 +111,12 @@ def other_gender(
     slots: Slots,             # slot names and their words, with name
     pool: Mapping[str, Any],  # lists of words; "female" and "male" are used
     rng: random.Random,       # a random.Random
-) -> dict[str, str | int]:
-    "A name of the other gender"
+) -> dict[str, str | int]:  # the slots with other words
+    """A name of the other gender
+
+    See also `neutral_word`.
+    >>> other_gender(dict(name="Ann"), dict(female=("Ann",), male=("Bob",)), random.Random(0))
+    {'name': 'Bob'}"""
     return {**slots, "name": _draw(rng, pool["male" if slots["name"] in pool["female"] else "female"], 1)[0]}
 
 @_needs("name", words=("neutral",))
@@ -104,8 +124,12 @@ def neutral_word(
     slots: Slots,             # slot names and their words, with name
     pool: Mapping[str, Any],  # lists of words; "neutral" is used
     rng: random.Random,       # a random.Random
-) -> dict[str, str | int]:
-    "A word without gender where the name stood"
+) -> dict[str, str | int]:  # the slots with other words
+    """A word without gender where the name stood
+
+    See also `other_gender`.
+    >>> neutral_word(dict(name="Ann"), dict(neutral=("person",)), random.Random(0))
+    {'name': 'person'}"""
     return {**slots, "name": _draw(rng, pool["neutral"], 1)[0]}
 
 # %% ../nbs/08_corruption.ipynb #262675d5
@@ -114,8 +138,12 @@ def other_number(
     slots: Slots,             # slot names and their words, with subject and counterpart, the same noun in the other number
     pool: Mapping[str, Any],  # not used
     rng: Any,                 # not used
-) -> dict[str, str | int]:
-    "The subject in the other number"
+) -> dict[str, str | int]:  # the slots with other words
+    """The subject in the other number
+
+    See also `tasks.subject_verb_agreement`.
+    >>> other_number(dict(subject="dog", counterpart="dogs"), {}, None)["subject"]
+    'dogs'"""
     return {**slots, "subject": slots["counterpart"], "counterpart": slots["subject"]}
 
 # %% ../nbs/08_corruption.ipynb #ab1c20c4
@@ -124,8 +152,12 @@ def other_question(
     slots: Slots,             # slot names and their words, with asked and other
     pool: Mapping[str, Any],  # not used
     rng: Any,                 # not used
-) -> dict[str, str | int]:
-    "The same question about another word"
+) -> dict[str, str | int]:  # the slots with other words
+    """The same question about another word
+
+    See also `swap_listed`.
+    >>> other_question(dict(asked="France", other="Spain"), {}, None)["asked"]
+    'Spain'"""
     return {**slots, "asked": slots["other"], "other": slots["asked"]}
 
 # %% ../nbs/08_corruption.ipynb #24285f78
@@ -134,8 +166,13 @@ def swap_listed(
     slots: Slots,             # slot names and their words, with right and other, both of them in the list
     pool: Mapping[str, Any],  # not used
     rng: Any,                 # not used
-) -> dict[str, str | int]:
-    "The right word and another one change places in the list"
+) -> dict[str, str | int]:  # the slots with other words
+    """The right word and another one change places in the list
+
+    Raises `InputError` if the two are not both in the list.
+    See also `unrelated_words`.
+    >>> swap_listed(dict(listed1="a", listed2="b", right="a", other="b"), {}, None)["listed1"]
+    'b'"""
     listed, right, other = [slots[name] for name in slots if name.startswith("listed")], slots["right"], slots["other"]
     if not {right, other} <= {*listed}: raise InputError(
         f"swap_listed: right={shown(right)}, other={shown(other)}: expected two of the listed words {shown(listed)}")
@@ -147,8 +184,13 @@ def unrelated_words(
     slots: Slots,             # slot names and their words, the listed ones among them
     pool: Mapping[str, Any],  # lists of words; "words" is used
     rng: random.Random,       # a random.Random
-) -> dict[str, str | int]:
-    "A list of words that do not occur in the clean prompt"
+) -> dict[str, str | int]:  # the slots with other words
+    """A list of words that do not occur in the clean prompt
+
+    Raises `InputError` without slots whose names begin with listed.
+    See also `swap_listed`.
+    >>> unrelated_words(dict(listed1="a"), dict(words=("a", "b")), random.Random(0))
+    {'listed1': 'b'}"""
     listed = [name for name in slots if name.startswith("listed")]
     if not listed: raise InputError(
         f"unrelated_words: slots={shown(list(slots))}: expected slots whose names begin with listed")
@@ -179,7 +221,11 @@ def random_tokens(
     positions: Iterable[int] | None = None,  # which tokens to replace, counted from 0; None replaces all but the last
     tries: Count = 200,  # how many draws before giving up
 ) -> str:
-    "The prompt with random tokens, as many as before and with the same last one"
+    """The prompt with random tokens, as many as before and with the same last one
+
+    Raises `InputError` for a prompt of one token, or if no such text is found.
+    See also `tasks.from_pairs`.
+    >>> changed = random_tokens(task.train[0].clean, model, random.Random(0), positions=[0])"""
     tokenizer = tokenizer_of(model)
     clean = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
     if len(clean) < 2: raise InputError(

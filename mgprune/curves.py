@@ -112,8 +112,12 @@ def mib_curve(
     confidence: Confidence = .95,  # of the intervals
     draws: Count = 1000,           # resamples of the pairs
     seed: Seed = 0,                # of the resamples
-) -> Curve:
-    "Faithfulness of a ranking at every size, with CPR and CMD of the Mechanistic Interpretability Benchmark"
+) -> Curve:  # its points, and CPR and CMD with intervals
+    """Faithfulness of a ranking at every size, with CPR and CMD of the Mechanistic Interpretability Benchmark
+
+    Raises `InputError` if the fractions do not rise.
+    See also `attribute`, `frontier`.
+    >>> curve = mib_curve(attribute(model, task.train[:8]), model, task.test[:8], draws=20)"""
     if not fractions or any(p >= q for p, q in zip(fractions, fractions[1:])): raise InputError(
         f"fractions={shown(fractions)}: expected one or more shares, each larger than the one before it")
     examples = prepare(model, task, ablation=ablation, output=level == "mlp_output", closed=False)
@@ -186,7 +190,11 @@ def read_scores(
     source: Any,   # the benchmark's node file or what is in it; or heads as (layer, head), in a list or by class
     sites: Sites,  # from find_sites
 ) -> dict[str, torch.Tensor]:
-    "Somebody else's circuit or ranking as scores: level -> [layers, ...]"
+    """Somebody else's circuit or ranking as scores: level -> [layers, ...]
+
+    Raises `InputError` for a file of another form, or a head that the model does not have.
+    See also `mib_curve`, `mib`.
+    >>> scores = read_scores([(0, 1), (2, 3)], circuit.sites)"""
     if isinstance(source, (str, Path)): source = read_json(source)
     if isinstance(source, Mapping) and "nodes" in source: return node_scores(source, sites)
     try: listed = [h for heads in source.values() for h in heads] if isinstance(source, Mapping) else list(source)

@@ -40,8 +40,12 @@ def scrubbed(
     model: Model,  # that it belongs to
     task: Pairs,   # Task, or its name; its test pairs are taken. Or a list of pairs, a Batch, or Examples
     reference: Pairs | None = None,  # that other corrupt prompts are taken from; None: a Task's training pairs, or the pairs
-) -> dict[str, float]:
-    "KL of the graph, and with another pair's corrupted run in all that it cuts; closed_ are those of the graph without edges"
+) -> dict[str, float]:  # divergences in nats, by name
+    """KL of the graph, and with another pair's corrupted run in all that it cuts; closed_ are those of the graph without edges
+
+    See also `random_graphs`, `edges`.
+    >>> graph = Graph(Wiring(circuit.sites).exists, full_circuit(circuit.sites))
+    >>> found = scrubbed(graph, model, task)"""
     task, found = task_of(model, task), dict[str, float]()
     own = prepare_edges(graph.circuit, model, task)
     others = reference_of(model, task, reference)
@@ -86,7 +90,12 @@ def random_graphs(
     n: Count = 20,   # graphs
     seed: Seed = 0,  # of the draws
 ) -> list[Graph]:
-    "Random graphs between the nodes of the graph's circuit, each with as many edges as the graph, or a few more"
+    """Random graphs between the nodes of the graph's circuit, each with as many edges as the graph, or a few more
+
+    See also `scrubbed`.
+    >>> graph = Graph(Wiring(circuit.sites).exists, full_circuit(circuit.sites))
+    >>> len(random_graphs(graph, n=3))
+    3"""
     wiring, draw = graph.wiring, torch.Generator().manual_seed(seed)
     among = edges_among(wiring, graph.circuit)
     return [Graph(drawn(wiring, among, len(graph), draw), graph.circuit) for _ in range(n)]

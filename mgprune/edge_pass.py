@@ -591,7 +591,13 @@ def edge_logits(
     pairs: Pairs,           # Task, or its name; its test pairs are taken. Or a list of pairs, a Batch, or Examples
     edges: torch.Tensor,    # how far each is open, [readers, writers] as Wiring has them, or [pairs, readers, writers]
 ) -> torch.Tensor:
-    "Answer logits, [pairs, vocabulary], with edges open (1), closed (0) or between; with a gradient to edges that ask for one"
+    """Answer logits, [pairs, vocabulary], with edges open (1), closed (0) or between; with a gradient to edges that ask for one
+
+    Raises `InputError` if the edges have another shape.
+    See also `edge_scores`, `Graph`.
+    >>> everything = Wiring(circuit.sites).exists.float()
+    >>> edge_logits(full_circuit(circuit.sites), model, task.test[:2], everything).shape
+    torch.Size([2, 633])"""
     examples = prepare_edges(circuit, model, pairs)
     wiring = FRAMES[model][1].wiring
     fits = tuple(wiring.exists.shape)
@@ -746,7 +752,10 @@ def edge_scores(
     measure: Measure = "kl",  # what an edge is worth: "kl" for less divergence, or "logit_difference"
     batch_size: Count = 8,    # pairs per pass
 ) -> torch.Tensor:
-    "Mean slope of the measure to each edge, [readers, writers] as Wiring has them; the farther from 0, the more it matters"
+    """Mean slope of the measure to each edge, [readers, writers] as Wiring has them; the farther from 0, the more it matters
+
+    See also `edges`, `attribute` for nodes.
+    >>> slopes = edge_scores(full_circuit(circuit.sites), model, task.train[:8])"""
     most = None if isinstance(task, Examples) else USED
     examples = prepare_edges(circuit, model, task, "train", most, batch_size)
     return path_slopes(wires_of(examples.host, circuit.masks(), writers_of(circuit)), examples, steps, measure)

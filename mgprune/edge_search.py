@@ -312,7 +312,11 @@ def edges(
     recipe: Recipe = Recipe(steps=100),  # of the search
     seed: Seed = 0,           # of the search
 ) -> Graph:
-    "The fewest edges found between a circuit's nodes that hold a divergence; its provenance says what each is needed for"
+    """The fewest edges found between a circuit's nodes that hold a divergence; its provenance says what each is needed for
+
+    Raises `InputError` if the divergence cannot be held by any of its graphs.
+    See also `thinned`, `Graph`.
+    >>> graph = edges(circuit, model, task, kl=1, learn=False)"""
     began, task = time.perf_counter(), task_of(model, task)
     nodes = full_circuit(host_of(model).sites) if circuit is None else whole_nodes(circuit)
     if kl is None: kl = ROOM if circuit is None else own_and_room(circuit, model, task, recipe.confidence)
@@ -416,7 +420,11 @@ def thinned(
     recipe: Recipe = Recipe(),  # of the search
     seed: Seed = 0,     # of the search
 ) -> Graph:
-    "The graph with the fewest neurons found that hold a divergence, and without edges that these neurons do not need"
+    """The graph with the fewest neurons found that hold a divergence, and without edges that these neurons do not need
+
+    See also `edges`.
+    >>> graph = edges(circuit, model, task, kl=1, learn=False)  # doctest: +SKIP
+    >>> smaller = thinned(graph, model, task, kl=1)  # doctest: +SKIP"""
     began, task, said = time.perf_counter(), task_of(model, task), None
     budget = budget_of(graph.circuit, model, task, kl, faithfulness, recipe.confidence)
     train = prepare_edges(graph.circuit, model, task, "train", TRAINED, recipe.batch_size)

@@ -165,7 +165,11 @@ def sentences(
     rng: random.Random,  # to draw with
     count: int,          # how many, at least
 ) -> list[Sentence]:
-    "A sample of the language: tuples of texts, context and answer by turns"
+    """A sample of the language: tuples of texts, context and answer by turns
+
+    See also `train`.
+    >>> len(sentences(random.Random(0), 10)) >= 10
+    True"""
     found: list[Sentence] = []
     while len(found) < count:
         made = rng.choices(tuple(MIXTURE), tuple(MIXTURE.values()))[0](rng)
@@ -178,7 +182,11 @@ END, UNKNOWN = "<end>", "<unknown>"
 
 # %% ../nbs/33_embedded.ipynb #42c1e1a6
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    "A tokenizer with one token for every word of the language"
+    """A tokenizer with one token for every word of the language
+
+    See also `load_model`.
+    >>> len(build_tokenizer())
+    633"""
     split = pre_tokenizers.Split(Regex(WORD), behavior="isolated")
     rng, words = random.Random(0), {f" {c}" for c in CENTURIES} | {f"{n:02}" for n in range(100)}
     for text in ("".join(s) for s in sentences(rng, 20_000)): words |= {w for w, _ in split.pre_tokenize_str(text)}
@@ -242,7 +250,10 @@ def train(
     batch: int = 96,     # sentences an update, in three chunks
     on_step: Report | None = None,  # called with each step, the model and the loss an answer, in nats
 ) -> GPT2LMHeadModel:
-    "A model trained from scratch on sentences of the language"
+    """A model trained from scratch on sentences of the language
+
+    See also `make`.
+    >>> toy = train(build_tokenizer(), steps=1, batch=3)"""
     model, rng = new_model(tokenizer, seed), random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(.9, .98), weight_decay=.1)
     def factor(step: int) -> float: return min((step + 1) / 150, .5 + .5 * math.cos(math.pi * step / steps))
@@ -267,7 +278,10 @@ def exam(
     rng: random.Random,  # to draw with
     count: int,          # number of prompts
 ) -> list[tuple[str, list[str], list[str]]]:
-    "Held-out prompts, each with the right next tokens and the wrong ones"
+    """Held-out prompts, each with the right next tokens and the wrong ones
+
+    See also `make`.
+    >>> prompt, right, wrong = exam("pronoun", random.Random(0), 1)[0]"""
     if kind == "receiver":
         twins = [receiver_twins(rng, unseen=True) for _ in range(count // 2)]
         return [(one[0], [one[1]], [other[1]]) for pair in twins for one, other in (pair, pair[::-1])]
@@ -405,7 +419,11 @@ def make(
     count: int = 1000,   # held-out prompts a task, for the check
     say: Callable[[str], object] = print,  # takes a line of report
 ) -> dict[str, float]:
-    "Train, check and write the model; returns the held-out accuracies"
+    """Train, check and write the model; returns the held-out accuracies
+
+    Raises `RuntimeError` if no seed learns all tasks.
+    See also `load_model`, which reads what it wrote.
+    >>> make("toy")  # doctest: +SKIP"""
     tokenizer = build_tokenizer()
     def report(step: int, model: PreTrainedModel, loss: float) -> None:
         if (step + 1) % 100: return

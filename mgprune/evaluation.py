@@ -93,7 +93,10 @@ def evaluate(
     - probability_difference: probability of the correct answers less that of the wrong ones, averaged
     - full_accuracy, full_logit_difference, full_probability_difference: of the full model
     - closed_kl, closed_answers_kl, closed_accuracy, closed_logit_difference, closed_probability_difference: with none open
-    """
+
+    See also `worth` for intervals and groups, `report` for everything.
+    >>> evaluate(circuit, model, task)["kl"] >= 0
+    True"""
     examples = prepare_for(circuit, model, task, ablation, reference, batch_size)
     return measured(circuit, examples) | both_ablations(circuit, examples)
 
@@ -259,7 +262,11 @@ def cuts(
     scores: ByLevel,  # level -> tensor [layers, ...]; higher is kept first
     sites: Sites,     # from find_sites
 ) -> torch.Tensor:
-    "All neurons' scores in one falling list: the threshold of the circuit with k neurons is entry k"
+    """All neurons' scores in one falling list: the threshold of the circuit with k neurons is entry k
+
+    See also `cut_by_size`.
+    >>> len(cuts(circuit.scores, circuit.sites))
+    2560"""
     scores = check_values(scores, sites, "scores")
     ranked = lowest({l: s for l, s in scores.items() if l != "mlp_output"}, sites).values()
     return torch.cat([s[s > -torch.inf] for s in ranked]).sort(descending=True).values
@@ -271,7 +278,12 @@ def cut_by_size(
     sites: Sites,     # from find_sites
     keep: Share,      # share of all neurons to keep, above 0 and at most 1
 ) -> float:
-    "Threshold of the circuit that keeps that share of the neurons"
+    """Threshold of the circuit that keeps that share of the neurons
+
+    See also `from_scores`, `cut_by_kl`.
+    >>> threshold = cut_by_size(circuit.scores, circuit.sites, .1)
+    >>> from_scores(circuit.scores, circuit.sites, threshold).n_neurons() <= 256
+    True"""
     ranked = cuts(scores, sites)
     n = round(keep * len(ranked))
     return ranked[n].item() if n < len(ranked) else -torch.inf
@@ -308,7 +320,10 @@ def cut_by_kl(
     faithfulness: Within | None = None,  # how far from 1 the faithfulness may be besides; None: as far as it likes
     over: Over = "vocabulary",  # what the divergence is over: all tokens, or the answers alone
 ) -> float:
-    "Threshold of the smallest circuit found that holds the divergence; minus infinity, which keeps everything, if none does"
+    """Threshold of the smallest circuit found that holds the divergence; minus infinity, which keeps everything, if none does
+
+    See also `cut_by_size`, `neurons_at`.
+    >>> threshold = cut_by_kl(circuit.scores, prepare(model, task), .5)"""
     check_enough(len(examples), confidence)
     sites = examples.sites
     ranked = cuts(scores, sites).unique().flip(0)  # equal scores fall together
@@ -328,7 +343,11 @@ def frontier(
     sizes: list[Share] | tuple[Share, ...] = SIZES,  # shares of the neurons to keep
     ablation: Any = None,  # what ablated nodes hold; None: "corrupt", or as Examples have it
 ) -> list[dict[str, float]]:
-    "Measures of a ranking's circuits, by name, one dictionary for each size"
+    """Measures of a ranking's circuits, by name, one dictionary for each size
+
+    See also `plot_frontier`, `sweep`.
+    >>> [round(m["neurons"]) for m in frontier(model, circuit.scores, task, sizes=[.1, .5])]
+    [256, 1280]"""
     examples = prepare(model, task, ablation=ablation, output="mlp_output" in scores)
     check_values(scores, examples.sites, "scores")
     circuits = [from_scores(scores, examples.sites, cut_by_size(scores, examples.sites, size)) for size in sizes]
@@ -341,7 +360,11 @@ def neurons_at(
     kl: Divergence,      # divergence that the circuit may have on these very pairs: in nats, or such as "10%"
     over: Over = "vocabulary",  # what the divergence is over: all tokens, or the answers alone
 ) -> int:
-    "Neurons of the smallest circuit found of a ranking that holds the divergence"
+    """Neurons of the smallest circuit found of a ranking that holds the divergence
+
+    See also `cut_by_kl`.
+    >>> neurons_at(circuit.scores, prepare(model, task), .5) <= 2560
+    True"""
     return from_scores(scores, examples.sites, cut_by_kl(scores, examples, kl, over=over)).n_neurons()
 
 # %% ../nbs/21_evaluation.ipynb #15296aa2
@@ -369,8 +392,13 @@ def overlap(
 def score(
     found: Circuit | dict[str, torch.Tensor],  # a circuit, or level -> scores [layers, ...], higher is more important
     truth: dict[str, torch.Tensor],            # level -> boolean tensor [layers, ...], the true nodes
-) -> dict[str, dict[str, float]]:
-    "How well a circuit or a ranking agrees with the truth: level -> measure -> value"
+) -> dict[str, dict[str, float]]:  # precision, recall and the like, between 0 and 1
+    """How well a circuit or a ranking agrees with the truth: level -> measure -> value
+
+    Raises `InputError` if the truth has another shape, or is not of True and False.
+    See also `plant`, `hard`, `compiled_program`.
+    >>> score(circuit, circuit.kept)["head"]["f1"]
+    1.0"""
     circuit = found if isinstance(found, Circuit) else None
     if isinstance(found, Circuit): scores = lowest(found.scores, found.sites) if found.scores else {}
     else: scores = dict(found)

@@ -22,7 +22,7 @@ from matplotlib.colors import to_hex
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from .ablations import ABLATIONS, Ablation, Held, ablation_named, mean, name_of, zero
+from .ablations import ABLATIONS, Ablation, Held, ablation_named, mean, name_of, what_it_holds, zero
 from .arguments import InputError, as_path, checked, printable
 from .checks import short_pairs
 from .circuit import Circuit, check_model, load
@@ -53,7 +53,11 @@ def level_table(
 def table(
     circuit: Circuit,  # any
 ) -> pd.DataFrame:
-    "Every node as a row of a pandas DataFrame: level, layer, head, neuron, whether it is kept, and its own score"
+    """Every node as a row of a pandas DataFrame: level, layer, head, neuron, whether it is kept, and its own score
+
+    See also `write` for a CSV file.
+    >>> table(circuit).query("level == 'head' and kept").shape[0] == len(circuit.heads())
+    True"""
     rows = pd.concat([level_table(circuit, level) for level in circuit.kept], ignore_index=True)
     axes = [*dict.fromkeys(axis for level in circuit.kept for axis in TREE[level].axes)]
     return rows.reindex(columns=["level", "layer", *axes, "kept", "score"]).astype(dict.fromkeys(axes, "Int64"))
@@ -84,7 +88,11 @@ def dot_boxes(
 def dot(
     circuit: Circuit,  # any
 ) -> str:
-    "The kept heads and MLPs around the residual stream as text in the DOT language"
+    """The kept heads and MLPs around the residual stream as text in the DOT language
+
+    See also `svg`, `Graph.dot`.
+    >>> dot(circuit).startswith("digraph")
+    True"""
     style = '  node [shape=box, style="rounded,filled", fillcolor=white, fontname=Helvetica];'
     lines = ["digraph circuit {", "  rankdir=BT;", style, "  stream [label=prompt, shape=plain, style=solid];"]
     last = "stream"
@@ -102,7 +110,11 @@ def dot(
 def svg(
     circuit: Circuit,  # any
 ) -> str:
-    "The picture of the whole circuit as SVG text"
+    """The picture of the whole circuit as SVG text
+
+    See also `plot_circuit`, `view`.
+    >>> "<svg" in svg(circuit)
+    True"""
     file = BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "mgprune", "svg.fonttype": "none"}):
         plot_circuit(circuit).savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
@@ -141,7 +153,10 @@ def mib(
     circuit: Circuit,     # any
     edges: bool = False,  # list the edges too
 ) -> dict[str, Any]:
-    "The circuit in the node format of the Mechanistic Interpretability Benchmark: plain values for a JSON file"
+    """The circuit in the node format of the Mechanistic Interpretability Benchmark: plain values for a JSON file
+
+    See also `read_scores`, which reads it.
+    >>> found = mib(circuit)"""
     s, best = circuit.sites, best_scores(circuit)
     nodes: dict[str, dict[str, Any]] = {"input": dict(in_graph=True)}
     for layer in range(s.n_layers):
@@ -195,7 +210,7 @@ def held_in_words(
     "What closed nodes held when the circuit was found and measured"
     name = circuit.provenance.ablation or "corrupt"  # older circuits know no other
     known = ABLATIONS.get(name)
-    return (known.__doc__ if known else None) or f"what the ablation {printable(name)} gives them"
+    return what_it_holds(known) if known else f"what the ablation {printable(name)} gives them"
 
 # %% ../nbs/32_export.ipynb #7d1f03c2
 def page_levels(
@@ -222,7 +237,11 @@ def page_data(
 def view(
     circuit: Circuit,  # any
 ) -> str:
-    "A page of its own that shows the circuit, as HTML text: it opens from the disk and needs no network"
+    """A page of its own that shows the circuit, as HTML text: it opens from the disk and needs no network
+
+    See also `explore`, which measures.
+    >>> "<html" in view(circuit)
+    True"""
     check_alike(circuit, "a page of its own")
     rows = [f"<tr><td>{TREE[level].spoken}</td><td>{kept:,}</td><td>{total:,}</td><td>{kept / total:.1%}</td></tr>"
             for level, (kept, total) in circuit.counts().items()]
@@ -251,7 +270,12 @@ def write(
     circuit: Circuit,  # any
     path: str | Path,  # of the file; its ending is one of .csv, .dot, .svg, .html and .mib.json
 ) -> Path:
-    "Write the circuit as what the name of the file says, and return its path"
+    """Write the circuit as what the name of the file says, and return its path
+
+    Raises `InputError` for another ending.
+    See also `Circuit.save`, which keeps everything.
+    >>> write(circuit, "ioi.csv").name
+    'ioi.csv'"""
     path = as_path(path)
     ending = next((e for e in WRITERS if path.name.endswith(e)), None)
     if not ending: raise InputError(
@@ -616,7 +640,11 @@ def export(
     reference: Pairs | None = None,  # for "mean": Task, whose training pairs are taken, or pairs; of their corrupt prompts
     smaller: bool = True,    # remove what is closed where the architecture allows it; False keeps the shape and writes zeros
 ) -> dict[str, tuple[int, int]]:
-    "Write the circuit as a Hugging Face checkpoint of its own; returns name -> (of the original, of what was written)"
+    """Write the circuit as a Hugging Face checkpoint of its own; returns name -> (of the original, of what was written)
+
+    Raises `InputError` if what closed nodes hold is no constant.
+    See also `Circuit.compact`.
+    >>> sizes = export(circuit, model, "smaller")"""
     check_folder(path)
     plain, host = plain_model(model), host_of(model)
     check_model(circuit, host)
@@ -666,7 +694,11 @@ def to_folder(
     path: str | Path,         # of the new folder
     repo: str | None = None,  # name on the hub that its card gives; None gives the path
 ) -> Path:
-    "Write what the hub holds of a circuit into a folder: circuit, page, picture and card"
+    """Write what the hub holds of a circuit into a folder: circuit, page, picture and card
+
+    See also `push_to_hub`, `from_hub`.
+    >>> to_folder(circuit, "circuit").name
+    'circuit'"""
     files = {"view.html": view(circuit), "circuit.svg": svg(circuit), "README.md": card(circuit, repo or str(path))}
     def fill(folder: Path) -> None:
         circuit.save(folder / "circuit.json")
@@ -687,8 +719,12 @@ def push_to_hub(
     repo: str,         # name on the hub, such as "somebody/ioi-circuit"
     private: bool | None = None,  # who may see a new repository; None leaves it to the hub
     message: str = "Upload circuit",  # of the commit
-) -> Any:
-    "Put a circuit on the Hugging Face hub, with its page and card, and return where it is"
+) -> Any:  # the address of the commit
+    """Put a circuit on the Hugging Face hub, with its page and card, and return where it is
+
+    Raises `InputError` if the hub does not take it.
+    See also `to_folder`, `from_hub`.
+    >>> push_to_hub(circuit, "somebody/ioi-circuit")  # doctest: +SKIP"""
     api = HfApi()
     with tempfile.TemporaryDirectory() as folder:
         path = to_folder(circuit, f"{folder}/circuit", repo)
@@ -706,7 +742,12 @@ def from_hub(
     model: Model | None = None,  # the model to use it on; None loads without the check
     revision: str | None = None,  # branch, tag or commit on the hub
 ) -> Circuit:
-    "Read a circuit from the Hugging Face hub or from a folder"
+    """Read a circuit from the Hugging Face hub or from a folder
+
+    Raises `InputError` if there is no such circuit.
+    See also `push_to_hub`, `Circuit.load`.
+    >>> from_hub(to_folder(circuit, "shared"), model) == circuit
+    True"""
     folder = as_path(repo)
     if str(repo) == "": raise InputError("repo='': expected a name on the hub or a folder")
     if not folder.is_dir():

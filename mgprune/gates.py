@@ -17,7 +17,8 @@ from .arguments import Must, above, check_fields
 # %% ../nbs/02_gates.ipynb #3312ce39
 @dataclass(frozen=True)
 class HardConcrete:
-    "The Hard Concrete distribution of gates in [0, 1], one gate for each entry of `log_alpha`"
+    """The Hard Concrete distribution of gates in [0, 1], one gate for each entry of `log_alpha`
+    >>> gate = HardConcrete().sample(torch.zeros(3))"""
     beta: Annotated[float, above(0)] = 2 / 3  # temperature of the noise; lower makes samples closer to 0 or 1
     gamma: Annotated[float, Must(lambda v: -math.inf < v < 0, "below 0")] = -0.1  # lower end of the stretched interval, below 0
     zeta: Annotated[float, above(1)] = 1.1    # upper end of the stretched interval, above 1
@@ -57,7 +58,11 @@ class HardConcrete:
 # %% ../nbs/02_gates.ipynb #aaa278c7
 @dataclass(frozen=True)
 class Sigmoid:
-    "Gates without noise: the sigmoid of `log_alpha`"
+    """Gates without noise: the sigmoid of `log_alpha`
+
+    See also `HardConcrete`, `StraightThrough`.
+    >>> Sigmoid().sample(torch.zeros(2))
+    tensor([0.5000, 0.5000])"""
     shut: Annotated[float, Must(lambda v: 0 <= v < 1, "at least 0 and below 1")] = 0.01  # nodes with a lower mask count as closed
 
     def __post_init__(self) -> None: check_fields(self)
@@ -85,7 +90,11 @@ class Sigmoid:
 # %% ../nbs/02_gates.ipynb #7870c2e2
 @dataclass(frozen=True)
 class StraightThrough:
-    "Gates that are open or closed, with the gradient of the sigmoid of `log_alpha`"
+    """Gates that are open or closed, with the gradient of the sigmoid of `log_alpha`
+
+    See also `Sigmoid`.
+    >>> StraightThrough().sample(torch.tensor([-1., 1.]))
+    tensor([0., 1.])"""
 
     def sample(self,
         log_alpha: torch.Tensor,  # trained location of each gate, any shape

@@ -41,7 +41,13 @@ if TYPE_CHECKING:
 # %% ../nbs/45_graph.ipynb #430eb9d8
 @dataclass(frozen=True, eq=False)
 class Graph:
-    "The edges that carry a behaviour, in the circuit that they lie in"
+    """The edges that carry a behaviour, in the circuit that they lie in
+
+    Raises `InputError` if the edges have another shape.
+    See also `edges`, `Wiring`.
+    >>> graph = Graph(Wiring(circuit.sites).exists, full_circuit(circuit.sites))
+    >>> graph.edges()[0][0] in Wiring(circuit.sites).writers
+    True"""
     kept: torch.Tensor    # boolean [readers, writers] as Wiring has them; closed when the graph is made
     circuit: Circuit      # whose nodes they join
     scores: torch.Tensor | None = None  # [readers, writers]; the farther from 0 the more important; None where there are none
@@ -164,7 +170,6 @@ class Graph:
     ) -> Figure:
         "Picture of the graph, from the embedding at the bottom to the logits at the top"
         return picture(self, most)
-
 
 # %% ../nbs/45_graph.ipynb #ea073bad
 def checked_edges(

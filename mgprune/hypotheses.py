@@ -249,7 +249,10 @@ def hypotheses(
     seed: Seed = 0,            # of all draws
     progress: bool = True,     # show a progress bar
 ) -> Hypotheses:
-    "Tests of equivalence, independence, sufficiency, partial necessity and minimality, with what each does not show"
+    """Tests of equivalence, independence, sufficiency, partial necessity and minimality, with what each does not show
+
+    See also `controls`, `report`.
+    >>> tests = hypotheses(circuit, model, task, draws=4, shuffles=19, most=8, progress=False)"""
     examples, rng = prepare(model, prepare_for(circuit, model, task, ablation), most=most), np.random.default_rng(seed)
     with tqdm(total=draws + n_compared(circuit), disable=None if progress else True, desc="hypotheses", leave=False) as bar:
         measured, whole = Measured(examples, note=bar.update), full_circuit(circuit.sites)

@@ -447,7 +447,12 @@ def discover_all(
     progress: bool = True,         # show a progress bar
     threads: Count = 1,            # of each search, on the CPU
 ) -> tuple[list[Circuit | None], Table]:
-    "Many searches: their circuits in the order of the jobs, None where one failed, and a table with a row for each"
+    """Many searches: their circuits in the order of the jobs, None where one failed, and a table with a row for each
+
+    Raises `InputError` within processes that share every search.
+    See also `discover`, `consensus`.
+    >>> jobs = [dict(model=model, task=task, kl=.5, seed=s, recipe=Recipe(steps=5)) for s in (0, 1)]
+    >>> circuits, table = discover_all(jobs, workers=1, progress=False)"""
     if together()[1] > 1: raise InputError(
         f"{together()[1]} processes were started together, which share every search: call discover in them, or start this by "
         "itself")

@@ -126,7 +126,12 @@ def load_model(
     # "cpu", "cuda", ...; "auto" or a device map spreads a model loaded by name over several; None leaves it where it is
     device: str | torch.device | int | dict[str, Any] | None = None,  # where to compute
 ) -> torch.nn.Module:
-    "A causal language model, ready for use, with its tokenizer as `model.tokenizer`"
+    """A causal language model, ready for use, with its tokenizer as `model.tokenizer`
+
+    Raises `InputError` if there is no such model or device, or its tokenizer cannot be used.
+    See also `plan` for memory and time, `find_sites`.
+    >>> load_model().config.n_layer
+    4"""
     place = None if device is None or device == "auto" or isinstance(device, dict) else device
     if place is not None:
         try: torch.empty(1, device=place)
@@ -270,7 +275,11 @@ def beside_weights(
 def fingerprint(
     model: Model,  # any torch module
 ) -> str:
-    "Sixteen hexadecimal digits that change with any weight, saved buffer, scale of packed weights, or which adapters are on"
+    """Sixteen hexadecimal digits that change with any weight, saved buffer, scale of packed weights, or which adapters are on
+
+    See also `Circuit.load`, which compares it.
+    >>> len(fingerprint(model))
+    16"""
     whole, model, digest = model, unwrapped(model), hashlib.blake2b(digest_size=8)
     inside = {id(p) for p in model.parameters()}
     for name, p in whole.named_parameters():  # of a wrapper's own

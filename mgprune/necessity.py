@@ -193,7 +193,10 @@ def necessity(
     seed: Seed = 0,                # of the sets by chance, and of resamples
     progress: bool = True,         # show a progress bar
 ) -> Necessity:
-    "Faithfulness of the complement, the largest gap between circuit and model without a set of nodes, and what each node adds"
+    """Faithfulness of the complement, the largest gap between circuit and model without a set of nodes, and what each node adds
+
+    See also `report`, `controls`.
+    >>> needed = necessity(circuit, model, task, draws=1, steps=1, most=8, progress=False)"""
     examples, rng = prepare(model, prepare_for(circuit, model, task, ablation), most=most), np.random.default_rng(seed)
     whole, nodes = full_circuit(circuit.sites), nodes_of(circuit, among)
     grouped = by_layer(nodes) if classes is None else check_classes(classes, nodes)

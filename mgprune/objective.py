@@ -28,7 +28,12 @@ def kl_divergence(
     full: torch.Tensor,    # [examples, vocabulary] log-probabilities of the full model
     logits: torch.Tensor,  # [examples, vocabulary] logits of the circuit
 ) -> torch.Tensor:
-    "KL(full || circuit) of each example, in nats"
+    """KL(full || circuit) of each example, in nats
+
+    See also `evaluate`.
+    >>> logits = torch.tensor([[1., 2.]])
+    >>> kl_divergence(logits.log_softmax(-1), logits).item()
+    0.0"""
     check_shapes(full, logits)
     return (full.exp() * (full - logits.float().log_softmax(-1))).sum(-1)
 
@@ -53,7 +58,12 @@ def logit_difference(
     logits: torch.Tensor,  # [examples, vocabulary]
     batch: Answers,        # of the same examples, such as a Batch
 ) -> torch.Tensor:
-    "Log odds of right against wrong answers, [examples]; against all other tokens where no wrong answer is named"
+    """Log odds of right against wrong answers, [examples]; against all other tokens where no wrong answer is named
+
+    See also `is_right`, `probability_difference`.
+    >>> logits = torch.zeros(2, 633)
+    >>> logit_difference(logits, encode(task.test[:2], model)).shape
+    torch.Size([2])"""
     answer = torch.where(batch.answer < 0, batch.answer[:, :1], batch.answer)
     others = logits.float().scatter(1, answer, -torch.inf).logsumexp(-1)
     named = (batch.wrong >= 0).any(-1)
@@ -63,7 +73,11 @@ def is_right(
     logits: torch.Tensor,  # [examples, vocabulary]
     batch: Answers,        # of the same examples, such as a Batch
 ) -> torch.Tensor:
-    "Whether right answers are likelier than the wrong ones; without wrong ones, whether the likeliest token is right"
+    """Whether right answers are likelier than the wrong ones; without wrong ones, whether the likeliest token is right
+
+    See also `logit_difference`.
+    >>> is_right(torch.zeros(2, 633), encode(task.test[:2], model)).shape
+    torch.Size([2])"""
     likeliest = (logits.argmax(-1, keepdim=True) == batch.answer).any(-1)
     return torch.where((batch.wrong >= 0).any(-1), logit_difference(logits, batch) > 0, likeliest)
 
@@ -71,7 +85,11 @@ def probability_difference(
     logits: torch.Tensor,  # [examples, vocabulary]
     batch: Answers,        # of the same examples, such as a Batch
 ) -> torch.Tensor:
-    "Probability of all right answers minus that of all wrong ones, [examples]"
+    """Probability of all right answers minus that of all wrong ones, [examples]
+
+    See also `logit_difference`.
+    >>> probability_difference(torch.zeros(2, 633), encode(task.test[:2], model)).shape
+    torch.Size([2])"""
     p = logits.float().log_softmax(-1)
     return set_logits(p, batch.answer).exp() - set_logits(p, batch.wrong).exp()
 

@@ -37,7 +37,12 @@ def as_texts(
 # %% ../nbs/06_pairs.ipynb #9db1cae2
 @dataclass(frozen=True)
 class Pair:
-    "A clean prompt, its corrupt twin, and next tokens that are right or wrong after the clean prompt"
+    """A clean prompt, its corrupt twin, and next tokens that are right or wrong after the clean prompt
+
+    Raises `InputError` for an empty answer.
+    See also `tasks.from_pairs`, `read_pairs`.
+    >>> Pair("The dog", "The dogs", " is", " are").answer
+    (' is',)"""
     clean: Text        # prompt that shows the behaviour
     corrupt: Text      # prompt of the same token length that does not
     answer: Right      # right next tokens, with the space before them where there is one
@@ -75,7 +80,11 @@ def read_prompt(
     text: Text,      # a prompt
     tokenizer: Any,  # a tokenizer
 ) -> list[int]:
-    "Token ids of a text that goes on: with the special tokens that the tokenizer puts before it, without those behind it"
+    """Token ids of a text that goes on: with the special tokens that the tokenizer puts before it, without those behind it
+
+    See also `encode`.
+    >>> len(read_prompt("While Mary", model.tokenizer))
+    2"""
     tokenizer = tokenizer_of(tokenizer)
     ids = tokenizer(text, verbose=False).input_ids  # the length is checked where the model is known
     if not ids or ids[-1] not in tokenizer.all_special_ids: return ids
@@ -88,7 +97,11 @@ def answer_id(
     text: Text,      # an answer, such as " Mary" or "45"
     tokenizer: Any,  # a tokenizer
 ) -> int | None:
-    "Id of the one token that the answer is, or None"
+    """Id of the one token that the answer is, or None
+
+    See also `one_token`.
+    >>> model.tokenizer.decode(answer_id(" Mary", model.tokenizer)).strip()
+    'Mary'"""
     tokenizer = tokenizer_of(tokenizer)
     ids = plain_ids(text, tokenizer)
     if len(ids) != 1: ids = _follows(text, tokenizer)
@@ -119,7 +132,11 @@ def pieces(
     model: Any,  # a model from load_model, or a tokenizer
     text: Text,  # any text
 ) -> tuple[str, ...]:
-    "The text as its tokens part it"
+    """The text as its tokens part it
+
+    See also `one_token`.
+    >>> "".join(pieces(model, "While Mary"))
+    'While Mary'"""
     tokenizer = tokenizer_of(model)
     return tuple(_decoded(plain_ids(text, tokenizer), tokenizer))
 
@@ -152,7 +169,11 @@ def one_token(
     words: Iterable[str],  # words, with or without the space before them
     before: str = " ",     # what to put before a word; "" for a script that writes no spaces
 ) -> tuple[str, ...]:
-    "The words that are one token each"
+    """The words that are one token each
+
+    See also `word_pool`.
+    >>> one_token(model, ["Mary", "Xanthippe"])
+    (' Mary',)"""
     tokenizer = tokenizer_of(model)
     words = [expect(word, "word", Text, "one_token: ") for word in words]
     texts = dict.fromkeys(word if word.startswith(before) else before + word for word in words)
@@ -187,7 +208,11 @@ class Rows:
 # %% ../nbs/06_pairs.ipynb #d149e364
 @dataclass(frozen=True, eq=False)
 class Batch(Rows):
-    "Tokens of clean prompts, their corrupted twins and the answers"
+    """Tokens of clean prompts, their corrupted twins and the answers
+
+    See also `encode`.
+    >>> len(encode(task.test[:2], model))
+    2"""
     clean: torch.Tensor           # [examples, positions] token ids, padded on the left
     corrupt: torch.Tensor         # [examples, positions] token ids, same padding
     attention_mask: torch.Tensor  # [examples, positions] 1 for a token, 0 for padding
@@ -413,7 +438,12 @@ def encode(
     pairs: Any,  # pairs, at least one
     model: Any,  # a model from load_model, or a tokenizer
 ) -> Batch:
-    "Pairs as one batch, checked; pairs that cannot be used are refused with their numbers, counted from 0"
+    """Pairs as one batch, checked; pairs that cannot be used are refused with their numbers, counted from 0
+
+    Raises `InputError` for an answer of several tokens, or prompts of different length.
+    See also `prepare`.
+    >>> encode(task.test[:2], model).clean.shape[0]
+    2"""
     return encoded(listing(pairs), model)
 
 # %% ../nbs/06_pairs.ipynb #8384e056
@@ -424,7 +454,12 @@ def cut_before(
     model: Any,       # a model from load_model, or a tokenizer
     which: int = -1,  # which of its occurrences, counted as in a list: 0 is the first, -1 the last
 ) -> str:
-    "The prompt that ends right before the answer"
+    """The prompt that ends right before the answer
+
+    Raises `InputError` if the answer does not occur there as a token.
+    See also `Pair`.
+    >>> cut_before("John gave a book to Mary", " Mary", model)
+    'John gave a book to'"""
     tokenizer, places = tokenizer_of(model), [m.start() for m in re.finditer(re.escape(answer), text)]
     if not answer or not -len(places) <= which < len(places): raise InputError(
         f"answer {shown(answer)} occurs {len(places) if answer else 0} times in {shown(text)}; expected occurrence {which} "
@@ -444,7 +479,11 @@ def chat(
     reply: Text = "",            # how the assistant's reply begins; the answer is the token after it
     system: Text | None = None,  # instruction to the assistant; None leaves it to the template
 ) -> str:
-    "A prompt in the tokenizer's chat template, up to where the answer begins"
+    """A prompt in the tokenizer's chat template, up to where the answer begins
+
+    Raises `InputError` without a chat template.
+    See also `cut_before`.
+    >>> chat("Which city?", load_model("smollm2"), reply="It is")  # doctest: +SKIP"""
     tokenizer = tokenizer_of(model)
     if not getattr(tokenizer, "chat_template", None): raise InputError(
         "this tokenizer has no chat template: take a model that was trained to answer questions, or write the prompt as "

@@ -40,7 +40,9 @@ def answer_logits(
 # %% ../nbs/15_passes.ipynb #94dd6806
 @dataclass(frozen=True, eq=False)
 class Recording(Rows):
-    "What each site of each layer holds for some prompts; one row or one position stands for all where it is a constant"
+    """What each site of each layer holds for some prompts; one row or one position stands for all where it is a constant
+
+    See also `ABLATIONS`, whose functions return one."""
     attention: tuple[torch.Tensor, ...]  # per layer [examples, positions, heads × head width]
     mlp: tuple[Any, ...]  # per layer [examples, positions, MLP width], or Routed where it has experts
     output: tuple[Any, ...] | None = None  # per layer [examples, positions, width], what the MLP adds; where asked for

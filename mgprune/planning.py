@@ -268,7 +268,12 @@ def plan(
     gate: Gate = Sigmoid(),             # what turns log alpha into a gate
     ablation: Any = "corrupt",          # what ablated nodes hold: a name in ABLATIONS, or a function
 ) -> Plan:
-    "Memory and time that a search will take on this machine, by part: tried on a few of the pairs"
+    """Memory and time that a search will take on this machine, by part: tried on a few of the pairs
+
+    Raises `InputError` as `discover` raises it.
+    See also `discover`.
+    >>> plan(model, task, kl=.1).seconds > 0
+    True"""
     goal = goal_of(kl, keep, penalties, faithfulness, over)
     return planned(begin(model, task, Asked(goal, levels, ablation, 0, recipe, gate)))
 

@@ -448,7 +448,9 @@ def true_nodes(
     task: Pairs,          # Task, or its name; its training pairs are taken. Or Examples from prepare
     count: Count = 64,    # pairs in which each neuron is closed
 ) -> dict[str, torch.Tensor]:
-    "The planted nodes that matter under the task's corruption: level -> boolean tensor"
+    """The planted nodes that matter under the task's corruption: level -> boolean tensor
+
+    See also `plant`."""
     changed = effects(kept, prepare(model, task, "train", closed=False), count)
     found = {level: change > CHANGED for level, change in changed.items()}
     return {"head": found["attention_neuron"].any(-1), **found}
@@ -456,7 +458,9 @@ def true_nodes(
 # %% ../nbs/34_planted.ipynb #3b80b551
 @dataclass(frozen=True, eq=False)
 class Planted:
-    "A model with planted circuits, and which nodes these are"
+    """A model with planted circuits, and which nodes these are
+
+    See also `plant`."""
     model: PreTrainedModel  # ready for use, with its tokenizer
     nodes: dict[str, dict[str, torch.Tensor]]  # task -> level -> boolean tensor of what was planted
     truth: dict[str, dict[str, torch.Tensor]]  # task -> level -> boolean tensor of what matters under its usual corruption
@@ -490,7 +494,11 @@ def plant(
     pairs: Count = 192,  # of each task, to find and check the truth with
     architecture: str = "gpt2",  # "gpt2", or "llama": rotary positions, keys of groups of heads, neurons that are products
 ) -> Planted:
-    "A model with a known circuit for each built-in task"
+    """A model with a known circuit for each built-in task
+
+    Raises `InputError` for an unknown architecture.
+    See also `hard`, `compiled_program`, `score`.
+    >>> planted = plant(pairs=8)  # doctest: +SKIP"""
     if architecture not in ARCHITECTURES: raise InputError(
         f"unknown architecture {architecture!r}: expected one of {', '.join(ARCHITECTURES)}")
     model, nodes = build(seed, leak, architecture)
@@ -796,7 +804,9 @@ def hard_task(
 # %% ../nbs/34_planted.ipynb #2b8ad678
 @dataclass(frozen=True, eq=False)
 class Hard:
-    "A model with one mechanism that is hard to find, and what counts as finding it"
+    """A model with one mechanism that is hard to find, and what counts as finding it
+
+    See also `hard`."""
     model: PreTrainedModel           # ready for use, with its tokenizer
     roles: dict[str, dict[str, torch.Tensor]]  # part of the mechanism -> level -> boolean tensor of its nodes
     tasks: dict[str, Task]           # corruption -> pairs
@@ -818,7 +828,11 @@ def hard(
     seed: Seed = 0,  # of the places, the junk, the basis and the pairs
     n: tuple[Count, Count, Count] = (512, 200, 400),  # number of pairs to train, choose and test with
 ) -> Hard:
-    "A small GPT-2 with a mechanism that is hard to find, with what counts as finding it under each corruption"
+    """A small GPT-2 with a mechanism that is hard to find, with what counts as finding it under each corruption
+
+    Raises `InputError` for an unknown mechanism.
+    See also `plant`, `score`.
+    >>> [*hard("redundant", n=(8, 4, 4)).roles]  # doctest: +SKIP"""
     if name not in MECHANISMS: raise InputError(f"unknown mechanism {name!r}: expected one of {', '.join(MECHANISMS)}")
     mechanism, tokenizer, generator = MECHANISMS[name], hard_tokenizer(), torch.Generator().manual_seed(seed)
     directions = basis(generator, HARD_WIDTH)

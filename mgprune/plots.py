@@ -159,7 +159,10 @@ def draw_scale(
 def plot_circuit(
     circuit: Circuit,  # any
 ) -> Figure:
-    "Picture of the whole circuit: layers upward, heads left and MLPs right of the residual stream"
+    """Picture of the whole circuit: layers upward, heads left and MLPs right of the residual stream
+
+    See also `plot_heads`, `explore`.
+    >>> figure = plot_circuit(circuit)"""
     n_layers, n_heads = circuit.sites.n_layers, circuit.sites.n_heads
     figure, axes = canvas(n_layers, n_heads)
     draw_labels(axes, n_layers, n_heads)
@@ -195,7 +198,11 @@ def noted(
 def threshold_of(
     circuit: Circuit,  # with scores
 ) -> float:
-    "The score above which neurons are kept: the search's, or the highest one of a closed neuron if the circuit was cut elsewhere"
+    """The score above which neurons are kept: the search's, or the highest one of a closed neuron if it was cut elsewhere
+
+    Raises `InputError` without scores.
+    See also `margins`.
+    >>> threshold = threshold_of(circuit)"""
     check_scores(circuit)
     ranked = lowest(circuit.scores, circuit.sites)
     closed, kept = (torch.cat([s[circuit.kept[l] == side] for l, s in ranked.items()]).tolist() for side in (False, True))
@@ -208,7 +215,12 @@ def threshold_of(
 def margins(
     circuit: Circuit,  # with scores
 ) -> dict[str, torch.Tensor]:
-    "How far each neuron's lowest score is above the threshold: level -> tensor [layers, ...], for the levels that have scores"
+    """How far each neuron's lowest score is above the threshold: level -> tensor [layers, ...], for the levels that have scores
+
+    Raises `InputError` without scores.
+    See also `threshold_of`.
+    >>> sorted(margins(circuit))
+    ['attention_neuron', 'mlp_neuron']"""
     threshold = threshold_of(circuit)
     return {l: s - threshold for l, s in lowest(circuit.scores, circuit.sites).items()}
 
@@ -262,7 +274,10 @@ def plot_heads(
     circuit: Circuit,      # any; with scores, to show them
     scores: bool = False,  # show scores instead of how much is kept
 ) -> Figure:
-    "Map of the heads, layers upward: share and number of each head's neurons that are kept, or its score above the threshold"
+    """Map of the heads, layers upward: share and number of each head's neurons that are kept, or its score above the threshold
+
+    See also `plot_circuit`, `plot_attention`.
+    >>> figure = plot_heads(circuit)"""
     if scores: return plot_head_scores(circuit)
     scale = ScalarMappable(Normalize(0, 1), ListedColormap([shade((i + 1) / 100) for i in range(100)]))
     colours = [[shade(share) for share in row] for row in shares(circuit, "head").tolist()]
@@ -274,7 +289,10 @@ def plot_heads(
 def plot_neurons(
     circuit: Circuit,  # any
 ) -> Figure:
-    "Share of each layer's attention neurons and MLP neurons that are kept"
+    """Share of each layer's attention neurons and MLP neurons that are kept
+
+    See also `plot_heads`.
+    >>> figure = plot_neurons(circuit)"""
     n = circuit.sites.n_layers
     figure = Picture(figsize=(max(4, 0.2 * n + 1), 2.8), layout="constrained")
     axes = figure.add_subplot()
@@ -319,7 +337,11 @@ def plot_scores(
     circuit: Circuit,  # with scores
     bins: Count = 60,  # of each histogram
 ) -> Figure:
-    "Histogram of every level's scores, measured from the threshold: whether the gates are binary"
+    """Histogram of every level's scores, measured from the threshold: whether the gates are binary
+
+    Raises `InputError` without scores.
+    See also `margins`.
+    >>> figure = plot_scores(circuit)"""
     check_scores(circuit)
     threshold = threshold_of(circuit)
     rows = {l: s.flatten().double() - threshold for l, s in circuit.scores.items()}
@@ -378,7 +400,11 @@ def plot_comparison(
     b: Circuit,  # of the same model
     names: tuple[str, str] | list[str] = ("first", "second"),  # what the legend calls them
 ) -> Figure:
-    "Picture of two circuits: the neurons that both keep, only the first and only the second, in every head and MLP"
+    """Picture of two circuits: the neurons that both keep, only the first and only the second, in every head and MLP
+
+    Raises `InputError` if the circuits are of different models.
+    See also `jaccard`.
+    >>> figure = plot_comparison(circuit, full_circuit(circuit.sites))"""
     expect(tuple(names), "names", tuple[str, str])
     check_same_shape(a, b)
     n_layers, n_heads = a.sites.n_layers, a.sites.n_heads
@@ -450,7 +476,11 @@ def draw_undecided(
 def plot_training(
     circuit: Circuit,  # that comes from a search
 ) -> Figure:
-    "Course of the search: the circuit of every step by size and divergence, the sizes over time, and the gates half open"
+    """Course of the search: the circuit of every step by size and divergence, the sizes over time, and the gates half open
+
+    Raises `InputError` if it comes from no search.
+    See also `discover`.
+    >>> figure = plot_training(circuit)"""
     history_of(circuit)
     figure = Picture(figsize=(7.6, 2.5), layout="constrained")
     for axes, draw in zip(figure.subplots(1, 3), (draw_divergence, draw_sizes, draw_undecided)):
@@ -496,7 +526,11 @@ Curves = Annotated[dict[str, list[Any]] | list[Any],
 def plot_frontier(
     curves: Curves,  # name -> list of circuits from sweep, or of dictionaries from frontier; or one such list
 ) -> Figure:
-    "KL and accuracy of circuits against their number of neurons, a curve for each name"
+    """KL and accuracy of circuits against their number of neurons, a curve for each name
+
+    Raises `InputError` for a curve without points.
+    See also `frontier`, `sweep`.
+    >>> figure = plot_frontier(frontier(model, circuit.scores, task, sizes=[.1, .5]))"""
     named = curves if isinstance(curves, dict) else {"": curves}
     if not named or not all(named.values()): raise InputError(f"curves={shown(named)}: expected at least one point on each curve")
     rows = {name: [*map(point, points)] for name, points in named.items()}
@@ -548,7 +582,11 @@ def attention_patterns(
     prompt: str,                   # of at least one token
     heads: list[tuple[int, int]],  # (layer, head) each
 ) -> tuple[torch.Tensor, list[str]]:
-    "How much each token attends to each, [heads, tokens, tokens], rows attend to columns; and the tokens"
+    """How much each token attends to each, [heads, tokens, tokens], rows attend to columns; and the tokens
+
+    Raises `InputError` for a head that the model does not have.
+    See also `plot_attention`.
+    >>> patterns, tokens = attention_patterns(model, task.test[0].clean, [(0, 1)])"""
     host, ids = host_of(model), read_ids(model, prompt)
     shape = level_shapes(host.sites, "head")["head"]
     if not heads or not all(0 <= i < n for place in heads for i, n in zip(place, shape)): raise InputError(
@@ -582,7 +620,11 @@ def plot_attention(
     heads: Circuit | Iterable[Any],  # (layer, head) each, or a Circuit, whose heads are shown
     across: Count = 4,               # maps in a row
 ) -> Figure:
-    "Maps of what each token attends to, one for each head: rows attend to columns"
+    """Maps of what each token attends to, one for each head: rows attend to columns
+
+    Raises `InputError` for a head that the model does not have.
+    See also `attention_patterns`.
+    >>> figure = plot_attention(model, task.test[0].clean, [(0, 1), (2, 3)])"""
     if isinstance(heads, Circuit): check_sites(heads, host_of(model).sites)
     places = heads.heads() if isinstance(heads, Circuit) else [tuple(h) if isinstance(h, list) else h for h in heads]
     patterns, words = attention_patterns(model, prompt, places)
@@ -639,7 +681,12 @@ def written_logits(
     level: NeuronLevel,             # of the neurons
     places: list[tuple[int, ...]],  # (layer, neuron) or (layer, head, neuron) each
 ) -> torch.Tensor:
-    "What each neuron's direction adds to the logits through final norm and unembedding alone, at one size: [neurons, vocabulary]"
+    """What each neuron's direction adds to the logits through final norm and unembedding alone, at one size: [neurons, tokens]
+
+    Raises `InputError` for a neuron that the model does not have.
+    See also `plot_writes`.
+    >>> written_logits(model, "mlp_neuron", [(0, 5)]).shape
+    torch.Size([1, 633])"""
     host, whole = host_of(model), cast(Any, model)
     with torch.no_grad(), frozen(model):
         found = directions(host, level, places)
@@ -684,7 +731,11 @@ def plot_writes(
     neurons: Count = 10,  # kept ones to show, those with the highest scores first
     tokens: Count = 5,    # to show on each side
 ) -> Figure:
-    "Tokens that kept neurons push up and down by the direct path, the strongest outermost"
+    """Tokens that kept neurons push up and down by the direct path, the strongest outermost
+
+    Raises `InputError` if tokens are more than half of the vocabulary.
+    See also `written_logits`.
+    >>> figure = plot_writes(circuit, model)"""
     check_sites(circuit, host_of(model).sites)
     places = highest(circuit, level, neurons)
     logits = written_logits(model, level, places)
@@ -707,7 +758,11 @@ def save_figures(
     circuit: Circuit,    # any
     folder: str | Path,  # where the PNG files go
 ) -> list[Path]:
-    "Write the figures of a circuit, and of the search it comes from, into a folder, and return their paths"
+    """Write the figures of a circuit, and of the search it comes from, into a folder, and return their paths
+
+    See also `write`.
+    >>> len(save_figures(circuit, "figures")) > 2
+    True"""
     figures = dict(circuit=plot_circuit, heads=plot_heads, neurons=plot_neurons)
     if circuit.provenance.history: figures["training"] = plot_training
     pictures = {as_path(folder) / f"{name}.png": as_png(plot(circuit), dpi=200, pad_inches=.1) for name, plot in figures.items()}

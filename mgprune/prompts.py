@@ -182,7 +182,10 @@ def by_prompt(
     steps: Count = 5,            # points on the way from closed to open that rankings are averaged over
     ablation: Any = None,        # what ablated nodes hold; None: "corrupt", or as Examples have it
 ) -> ByPrompt:
-    "The circuit of each prompt, prompts with similar ones in kinds, and the circuit of each kind"
+    """The circuit of each prompt, prompts with similar ones in kinds, and the circuit of each kind
+    Raises `InputError` for more kinds than prompts.
+    See also `discover`, `worth` by groups.
+    >>> found = by_prompt(model, task, most=6, steps=2, kinds=2)"""
     task = task_of(model, task)
     examples = prepare(model, task, "test", ablation, most=most)
     if kinds and kinds > len(examples): raise InputError(

@@ -239,6 +239,11 @@ def read_pairs(
     model: Any = None,   # a model from load_model, or a tokenizer; needed where answers are token ids
     skip: bool = False,  # leave out what cannot be read, and warn
 ) -> tuple[Pair, ...]:
-    "Pairs from a list or a file, in order"
+    """Pairs from a list or a file, in order
+
+    Raises `InputError` with the number of the first pair that cannot be read.
+    See also `tasks.from_pairs`.
+    >>> read_pairs([dict(clean="The dog", corrupt="The dogs", answer=" is")])[0].clean
+    'The dog'"""
     tokenizer = None if model is None else tokenizer_of(model)
     return tuple(pair for _, pair in sift(rows_of(source), lambda row: pair_of(row, tokenizer), skip, SKIPPABLE))

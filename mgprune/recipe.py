@@ -31,10 +31,23 @@ def relative(
     "Whether it is measured by what closing every node does"
     return goal.faithfulness is not None or any(isinstance(kl, str) for kl in goal.budgets)
 
+# %% ../nbs/23_recipe.ipynb #872143a6
+def check_prices(
+    penalties: Any,  # level -> price of an open gate, in nats
+) -> None:
+    "Refuse what does not give levels their prices"
+    for level, price in expect(penalties, "penalties", dict).items():
+        check_levels(level)
+        if not fits(price, Annotated[float, at_least(0)]): raise InputError(
+            f"penalties[{level!r}]={shown(price)}: expected a penalty of 0 or more")
+
 # %% ../nbs/23_recipe.ipynb #dc31c1c1
 @dataclass(frozen=True)
 class Goal:
-    "What a search should reach: one of quality, size or fixed prices"
+    """What a search should reach: one of quality, size or fixed prices
+    Raises `InputError` unless exactly one of kl, keep and penalties is given.
+    See also `discover`.
+    >>> goal = Goal(kl=.1)"""
     kl: Any = None                    # divergence that it may have: in nats, or as a share such as "10%"; or several
     keep: Any = None                  # share of the neurons to keep, above 0 and at most 1; or several
     penalties: Mapping[str, float] | None = None  # level -> price of each open gate, in nats
@@ -56,11 +69,7 @@ class Goal:
         if self.faithfulness is not None and self.kl is None: raise InputError(
             f"faithfulness={shown(self.faithfulness)}: it is held beside a divergence, expected with kl=")
         if self.faithfulness is not None: expect(self.faithfulness, "faithfulness", Within)
-        if self.penalties is not None: expect(self.penalties, "penalties", dict)
-        for level, price in (self.penalties or {}).items():
-            check_levels(level)
-            if not (number(price) and price >= 0): raise InputError(
-                f"penalties[{level!r}]={shown(price)}: expected a penalty of 0 or more")
+        if self.penalties is not None: check_prices(self.penalties)
 
     @property
     def budgets(self) -> tuple[float | str, ...]:
@@ -91,7 +100,11 @@ Prices = Annotated[dict[Any, Any], "a dictionary of penalties by level"]
 # %% ../nbs/23_recipe.ipynb #dbebc33c
 @dataclass(frozen=True)
 class Recipe:
-    "How the search runs; the defaults are the same for every task and model"
+    """How the search runs; the defaults are the same for every task and model
+
+    See also `discover`, `plan`.
+    >>> Recipe(steps=40).batch_size
+    8"""
     batch_size: Count = 8         # pairs per step
     steps: Count = 600            # of the whole search
     pairs: Count = 512            # training pairs that batches are drawn from, at most

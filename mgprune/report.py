@@ -390,7 +390,8 @@ def report(
     seed: Seed = 0,               # of all draws
     progress: bool = True,        # show progress bars
 ) -> Report:
-    "Everything that is measured of a circuit, with a verdict on each question and what was not shown"
+    """Everything that is measured of a circuit, with a verdict on each question and what was not shown
+    See also `evaluate`, `worth`, `controls`, `hypotheses`, `necessity`."""
     task, few = task_of(model, task), max(1, draws // 5)
     examples, shared = prepare_for(circuit, model, task, ablation), dict(most=most, seed=seed, progress=progress)
     with tqdm(total=6, disable=None if progress else True, desc="report") as bar:

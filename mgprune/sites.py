@@ -20,7 +20,11 @@ from .models import Model, unwrapped
 # %% ../nbs/04_sites.ipynb #1e82d86a
 @dataclass(frozen=True)
 class Family:
-    "Names of the modules that hold the nodes, for one kind of architecture"
+    """Names of the modules that hold the nodes, for one kind of architecture
+
+    See also `FAMILIES`, `find_sites`.
+    >>> FAMILIES["gpt2"].layers
+    'transformer.h'"""
     layers: str      # list of transformer layers, from the model
     attention: str   # output projection of the attention, from a layer
     mlp: str | None  # output projection of the MLP, from a layer; None where all layers have experts
@@ -54,7 +58,11 @@ FAMILIES = {  # by `config.model_type`
 # %% ../nbs/04_sites.ipynb #22875028
 @dataclass(frozen=True)
 class Sites:
-    "The modules whose inputs hold a model's nodes, and how many nodes there are"
+    """The modules whose inputs hold a model's nodes, and how many nodes there are
+
+    See also `find_sites`.
+    >>> find_sites(model).n_heads
+    4"""
     attention: tuple[str, ...]   # module name of each layer's attention output projection
     mlp: tuple[str | None, ...]  # module name of each layer's MLP output projection, or of its shared expert's; None without one
     n_heads: int      # query heads per layer
@@ -314,7 +322,12 @@ def mlp_sizes(
 def find_sites(
     model: Model,  # a Hugging Face causal language model
 ) -> Sites:
-    "Find the sites of `model`, by its `config.model_type` or by shape"
+    """Find the sites of `model`, by its `config.model_type` or by shape
+
+    Raises `InputError` if the modules are not found, or its heads differ between layers.
+    See also `FAMILIES`, to teach it another architecture.
+    >>> find_sites(model).n_layers
+    4"""
     family, config = family_of(model), text_config(model)
     layers = [f"{family.layers}.{name}" for name, _ in module_at(model, family.layers).named_children()]
     attention = tuple(f"{l}.{family.attention}" for l in layers)

@@ -88,7 +88,9 @@ def table_of(
 # %% ../nbs/51_stability.ipynb #334cab70
 @dataclass(frozen=True, eq=False)
 class Consensus:
-    "How often several circuits of one behaviour keep each node"
+    """How often several circuits of one behaviour keep each node
+
+    See also `consensus`."""
     circuits: tuple[Circuit, ...]    # two or more, of one model
     shares: dict[str, torch.Tensor]  # level -> [layers, ...] share of the circuits that keep the node
     scores: dict[str, torch.Tensor]  # finest level -> [layers, ...] the share; among equals what searches ranked higher is first
@@ -147,7 +149,12 @@ def check_alike(
 def consensus(
     circuits: Annotated[Iterable[Any], "a list of circuits"],  # of one behaviour in one model, such as those of several seeds
 ) -> Consensus:
-    "In which share of the circuits each node is"
+    """In which share of the circuits each node is
+
+    Raises `InputError` for fewer than two circuits, or different models.
+    See also `discover_all`, `jaccard`.
+    >>> consensus([circuit, full_circuit(circuit.sites)]).circuit(least=1.).n_neurons() == circuit.n_neurons()
+    True"""
     several = check_alike([*circuits])
     shares = {l: torch.stack([c.kept[l] for c in several]).double().mean(0) for l in several[0].kept}
     ranked = [ranks(c) for c in several]

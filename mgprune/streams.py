@@ -268,7 +268,13 @@ def prepare(
     closed: bool = True,              # answer with every node ablated
     batch_size: Count | None = None,  # examples per forward pass; None: as many as fit, at most 32 on a CPU
 ) -> Examples:
-    "Bind pairs to a model: run the untouched model once on the clean prompts, and find what ablated nodes hold"
+    """Bind pairs to a model: run the untouched model once on the clean prompts, and find what ablated nodes hold
+
+    Raises `InputError` for pairs that the tokenizer cannot read.
+    See also `evaluate`, which takes it in place of a task.
+    >>> examples = prepare(model, task, "valid")
+    >>> evaluate(circuit, model, examples)["kl"] >= 0
+    True"""
     if isinstance(pairs, Examples):
         bound = rebound(model, pairs[:most] if most else pairs, ablation, reference, closed, output)
         return replace(bound, batch_size=batch_size) if batch_size else bound

@@ -51,7 +51,9 @@ def _held_out_words(
 # %% ../nbs/10_tasks.ipynb #e8f38721
 @dataclass(frozen=True)
 class Task:
-    "A behaviour: its pairs in three parts, and the tokenizer that reads them"
+    """A behaviour: its pairs in three parts, and the tokenizer that reads them
+    See also `from_pairs`, `templated`.
+    >>> pairs = task.train"""
     name: str                # what the behaviour is called
     corruption: str          # how the corrupt prompts were made
     seed: Seed               # of the draw
@@ -160,7 +162,11 @@ _KEY = Annotated[Any, Must(lambda key: hash(key) is not None, ""), "what can be 
 
 @dataclass(frozen=True)
 class Drawn:
-    "What stands in the slots of one prompt, and which next tokens are right or wrong after it"
+    """What stands in the slots of one prompt, and which next tokens are right or wrong after it
+
+    See also `templated`.
+    >>> Drawn(dict(subject="dog"), " is", " are").answer
+    (' is',)"""
     slots: Slots          # slot names and what stands there; a template need not use all of them
     answer: Right         # right next tokens, with the space before them where there is one
     wrong: Wrong = ()     # wrong next tokens; may be empty
@@ -317,7 +323,10 @@ def templated(
     hold_out: HoldOut = "words",  # what no two parts share: these words, templates, both, or as little as clean prompts alone
     letters: bool = False,     # single letters in a row are meant; where False, a tokenizer that spells words out is refused
 ) -> Task:
-    "A task from templates of your own, filled by a draw and changed by a corruption"
+    """A task from templates of your own, filled by a draw and changed by a corruption
+
+    Raises `InputError` for a slot without a word, or too few different prompts.
+    See also `from_pairs`, `Drawn`."""
     change = corruption_named(corruption, CORRUPTIONS) if isinstance(corruption, str) else corruption
     tokenizer, seed = tokenizer_of(model), index(seed)
     pool, shares = _pool_for(tokenizer, words, needs), _templates_of(name, templates, hold_out, seed)
@@ -380,8 +389,13 @@ def ioi(
     n: Sizes | None = None,               # number of pairs to train, choose and test with; None: up to 2048, 512, 512
     seed: Seed = 0,                       # of the draw
     hold_out: HoldOut = "words",          # what no two parts share: words, templates, both, or clean prompts alone
-) -> Task:
-    "Indirect object identification: who receives the gift?"
+) -> Task:  # its pairs to train, choose and test with
+    """Indirect object identification: who receives the gift?
+
+    Raises `InputError` if the tokenizer lacks words for a pair, or n asks for more different prompts than there are.
+    See also `from_pairs` for pairs of your own, `templated` for templates of your own.
+    >>> tasks.ioi(model, n=(8, 4, 4)).test[0].answer  # doctest: +ELLIPSIS
+    (' ...',)"""
     return templated(model, "ioi", IOI_TEMPLATES, _draw_gift, _fitting(corruption, "ioi"), n, seed,
                      needs=dict(female=3, male=3, places=3, things=3), apart=dict(names=8), hold_out=hold_out)
 
@@ -437,8 +451,13 @@ def greater_than(
     n: Sizes | None = None,       # number of pairs to train, choose and test with; None: up to 2048, 512, 512
     seed: Seed = 0,               # of the draw
     hold_out: HoldOut = "words",  # what no two parts share: words, templates, both, or clean prompts alone
-) -> Task:
-    "Greater than: in which year did it end?"
+) -> Task:  # its pairs to train, choose and test with
+    """Greater than: in which year did it end?
+
+    Raises `InputError` if the tokenizer lacks words for a pair, or n asks for more different prompts than there are.
+    See also `from_pairs` for pairs of your own, `templated` for templates of your own.
+    >>> len(tasks.greater_than(model, n=(8, 4, 4)).train)
+    8"""
     tokenizer, change = tokenizer_of(model), _fitting(corruption, "greater_than")
     known = _known_digits(tokenizer)
     texts = [f"{i:0{4 - known}}" for i in range(10 ** (4 - known))]
@@ -469,8 +488,13 @@ def gendered_pronoun(
     n: Sizes | None = None,            # number of pairs to train, choose and test with; None: up to 2048, 512, 512
     seed: Seed = 0,                    # of the draw
     hold_out: HoldOut = "words",       # what no two parts share: words, templates, both, or clean prompts alone
-) -> Task:
-    "Gendered pronoun: she or he?"
+) -> Task:  # its pairs to train, choose and test with
+    """Gendered pronoun: she or he?
+
+    Raises `InputError` if the tokenizer lacks words for a pair, or n asks for more different prompts than there are.
+    See also `from_pairs` for pairs of your own, `templated` for templates of your own.
+    >>> len(tasks.gendered_pronoun(model, n=(8, 4, 4)).train)
+    8"""
     change = _fitting(corruption, "gendered_pronoun")
     return templated(model, "gendered_pronoun", PRONOUN_TEMPLATES, _draw_pronoun, change, n, seed,
                      needs=dict(female=3, male=3, neutral=3, traits=3, roles=3), apart=dict(female=3, male=3, roles=1),
@@ -503,8 +527,12 @@ def subject_verb_agreement(
     n: Sizes | None = None,            # number of pairs to train, choose and test with; None: up to 2048, 512, 512
     seed: Seed = 0,                    # of the draw
     hold_out: HoldOut = "words",       # what no two parts share: words, templates, both, or clean prompts alone
-) -> Task:
-    "Subject-verb agreement: is or are?"
+) -> Task:  # its pairs to train, choose and test with
+    """Subject-verb agreement: is or are?
+
+    Raises `InputError` if the tokenizer lacks words for a pair, or n asks for more different prompts than there are.
+    See also `from_pairs` for pairs of your own, `templated` for templates of your own.
+    >>> task = tasks.subject_verb_agreement(load_model("smollm2"))  # doctest: +SKIP"""
     tokenizer, change = tokenizer_of(model), _fitting(corruption, "subject_verb_agreement")
     known = [two for two in zip(SINGULAR, PLURAL) if None not in (answer_id(verb, tokenizer) for verb in two)]
     if not known: raise InputError(f"none of the verbs {SINGULAR + PLURAL} is one token in this tokenizer: "
@@ -536,8 +564,12 @@ def docstring(
     n: Sizes | None = None,               # number of pairs to train, choose and test with; None: up to 2048, 512, 512
     seed: Seed = 0,                       # of the draw
     hold_out: HoldOut = "words",          # what no two parts share: words, templates, both, or clean prompts alone
-) -> Task:
-    "Docstring: which argument comes next?"
+) -> Task:  # its pairs to train, choose and test with
+    """Docstring: which argument comes next?
+
+    Raises `InputError` if the tokenizer lacks words for a pair, or n asks for more different prompts than there are.
+    See also `from_pairs` for pairs of your own, `templated` for templates of your own.
+    >>> task = tasks.docstring(load_model("smollm2"))  # doctest: +SKIP"""
     change = _fitting(corruption, "docstring")
     return templated(model, "docstring", [DOCSTRING_TEMPLATE], _draw_docstring, change, n, seed,
                      words=dict(words=ARGUMENTS), needs=dict(words=8, things=8, places=8),
@@ -564,8 +596,12 @@ def induction(
     n: Sizes | None = None,               # number of pairs to train, choose and test with; None: up to 2048, 512, 512
     seed: Seed = 0,                       # of the draw
     hold_out: HoldOut = "words",          # what no two parts share: words, templates, both, or clean prompts alone
-) -> Task:
-    "Induction: what followed the last time?"
+) -> Task:  # its pairs to train, choose and test with
+    """Induction: what followed the last time?
+
+    Raises `InputError` if the tokenizer lacks words for a pair, or n asks for more different prompts than there are.
+    See also `from_pairs` for pairs of your own, `templated` for templates of your own.
+    >>> task = tasks.induction(load_model("smollm2"))  # doctest: +SKIP"""
     change = _fitting(corruption, "induction")
     return templated(model, "induction", [INDUCTION_TEMPLATE], _draw_list, change, n, seed, needs=dict(words=2 * LISTED),
                      apart=dict(words=2 * LISTED), hold_out=hold_out)
@@ -590,8 +626,12 @@ def capital(
     n: Sizes | None = None,              # number of pairs to train, choose and test with; None: up to 2048, 512, 512
     seed: Seed = 0,                      # of the draw
     hold_out: HoldOut = "words",         # what no two parts share: words, templates, both, or clean prompts alone
-) -> Task:
-    "Capital: which city governs the country?"
+) -> Task:  # its pairs to train, choose and test with
+    """Capital: which city governs the country?
+
+    Raises `InputError` if the tokenizer lacks words for a pair, or n asks for more different prompts than there are.
+    See also `from_pairs` for pairs of your own, `templated` for templates of your own.
+    >>> task = tasks.capital(load_model("smollm2"))  # doctest: +SKIP"""
     change, draw = _fitting(corruption, "capital"), _drawing_fact(CAPITALS, "countries")
     return templated(model, "capital", [CAPITAL_TEMPLATE], draw, change, n, seed,
                      needs=dict(countries=3), asked=word_pool(model)["countries"], apart=dict(countries=9), hold_out=hold_out)
@@ -604,8 +644,12 @@ def successor(
     n: Sizes | None = None,              # number of pairs to train, choose and test with; None: up to 2048, 512, 512
     seed: Seed = 0,                      # of the draw
     hold_out: HoldOut = "words",         # what no two parts share: words, templates, both, or clean prompts alone
-) -> Task:
-    "Successor: which day, month or number comes next?"
+) -> Task:  # its pairs to train, choose and test with
+    """Successor: which day, month or number comes next?
+
+    Raises `InputError` if the tokenizer lacks words for a pair, or n asks for more different prompts than there are.
+    See also `from_pairs` for pairs of your own, `templated` for templates of your own.
+    >>> task = tasks.successor(load_model("smollm2"))  # doctest: +SKIP"""
     change, draw = _fitting(corruption, "successor"), _drawing_fact(FOLLOWING, "series")
     return templated(model, "successor", [SUCCESSOR_TEMPLATE], draw, change, n, seed,
                      needs=dict(series=3), asked=word_pool(model)["series"], apart=dict(series=9), hold_out=hold_out)
@@ -632,8 +676,12 @@ def addition(
     n: Sizes | None = None,              # number of pairs to train, choose and test with; None: up to 2048, 512, 512
     seed: Seed = 0,                      # of the draw
     hold_out: HoldOut = "words",         # what no two parts share: words, templates, both, or clean prompts alone
-) -> Task:
-    "Addition: what is the sum of two digits?"
+) -> Task:  # its pairs to train, choose and test with
+    """Addition: what is the sum of two digits?
+
+    Raises `InputError` if the tokenizer lacks words for a pair, or n asks for more different prompts than there are.
+    See also `from_pairs` for pairs of your own, `templated` for templates of your own.
+    >>> task = tasks.addition(load_model("smollm2"))  # doctest: +SKIP"""
     tokenizer, change = tokenizer_of(model), _fitting(corruption, "addition")
     joined = all(answer_id(f" {digit}", tokenizer) is not None for digit in range(2, 10))
     draw = _drawing_sum("", " ") if joined else _drawing_sum(" ", "")
@@ -658,8 +706,12 @@ def multiple_choice(
     n: Sizes | None = None,              # number of pairs to train, choose and test with; None: up to 2048, 512, 512
     seed: Seed = 0,                      # of the draw
     hold_out: HoldOut = "words",         # what no two parts share: words, templates, both, or clean prompts alone
-) -> Task:
-    "Multiple choice: which letter stands for it?"
+) -> Task:  # its pairs to train, choose and test with
+    """Multiple choice: which letter stands for it?
+
+    Raises `InputError` if the tokenizer lacks words for a pair, or n asks for more different prompts than there are.
+    See also `from_pairs` for pairs of your own, `templated` for templates of your own.
+    >>> task = tasks.multiple_choice(load_model("smollm2"))  # doctest: +SKIP"""
     change = _fitting(corruption, "multiple_choice")
     return templated(model, "multiple_choice", [CHOICE_TEMPLATE], _draw_choice, change, n, seed, needs=dict(things=3),
                      apart=dict(things=7), hold_out=hold_out)
@@ -716,8 +768,13 @@ def from_pairs(
     seed: Seed = 0,           # of the division into train, valid and test
     skip: bool = False,       # leave out pairs that cannot be used, and warn
     hold_out: Literal["prompts", "clean prompts"] = "prompts",  # what no two parts share: any prompt, or a clean one alone
-) -> Task:
-    "A task from pairs of your own"
+) -> Task:  # the pairs in three parts
+    """A task from pairs of your own
+
+    Raises `InputError` with the numbers of pairs that cannot be used.
+    See also `read_pairs`, `templated`.
+    >>> own = tasks.from_pairs(model, [(p.clean, p.corrupt, p.answer, p.wrong) for p in task.test], name="mine")  # doctest: +SKIP
+    """
     reader = Reader(model)
     def fitting(row: Any) -> Pair:
         pair = pair_of(row, reader.tokenizer)
@@ -743,7 +800,12 @@ def load(
     name: str | Path,  # a name in BUILT_IN, such as "ioi", or the path of a CSV, TSV, JSON or JSONL file
     **options: Any,    # passed on: corruption, seed, hold_out, and n for a built-in task or name and skip for a file
 ) -> Task:
-    "A built-in task, or pairs from a file"
+    """A built-in task, or pairs from a file
+
+    Raises `InputError` for an unknown name or option.
+    See also `from_pairs`, `BUILT_IN`.
+    >>> tasks.load(model, "ioi", n=(8, 4, 4)).name
+    'ioi'"""
     make, path = BUILT_IN.get(str(name).replace("-", "_")), as_path(name)
     if make is None and path.suffix.lower() not in FORMATS: raise InputError(
         f"unknown task {shown(str(name))}: expected {', '.join(BUILT_IN)}, or a file that ends in {ENDINGS}")

@@ -172,8 +172,12 @@ def discover(
     ablation: Any = "corrupt",          # what ablated nodes hold: a name in ABLATIONS, or a function
     save: str | Path | None = None,     # folder that keeps the search and its result: the same call goes on after an interruption
     away: Circuit | None = None,        # another circuit of the model, to stay away from: its neurons cost more
-) -> Circuit:
-    "Find the circuit of a task in a frozen model"
+) -> Circuit:  # the circuit; its measures on test pairs are in `provenance["metrics"]`
+    """Find the circuit of a task in a frozen model
+
+    Raises `InputError` for pairs, a goal or a model that cannot be used; warns if the circuit misses the goal.
+    See also `plan` before it, `evaluate` and `report` after it, `sweep` for several.
+    >>> circuit = discover(model, task, kl=.5, recipe=Recipe(steps=20), progress=False)"""
     goal = goal_of(kl, keep, penalties, faithfulness, over)
     if len(goal.shares) > 1: raise InputError(f"keep={keep!r}: expected one share of the neurons; sweep takes several")
     with kept_in(save, begin(model, task, Asked(goal, levels, ablation, seed, recipe, gate, away))) as begun:
@@ -204,8 +208,12 @@ def sweep(
     progress: bool = True,              # show a progress bar
     ablation: Any = "corrupt",          # what ablated nodes hold: a name in ABLATIONS, or a function
     save: str | Path | None = None,     # folder that keeps the search and its result: the same call goes on after an interruption
-) -> list[Circuit]:
-    "Circuits of several sizes or divergences from one search, each a part of the next larger one: a list in the order asked"
+) -> list[Circuit]:  # the circuits
+    """Circuits of several sizes or divergences from one search, each a part of the next larger one: a list in the order asked
+
+    Raises `InputError` as `discover` raises it.
+    See also `discover`, `plot_frontier`.
+    >>> small, large = sweep(model, task, keep=[.1, .5], recipe=Recipe(steps=20), progress=False)"""
     if keep is None and kl is None: keep = SIZES
     goal = Goal(kl and tuple(kl), keep and tuple(keep), faithfulness=faithfulness, over=over)
     names = [f"circuit-{asked}.json" for asked in goal.budgets + goal.shares]

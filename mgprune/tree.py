@@ -20,7 +20,11 @@ from .sites import Sites
 # %% ../nbs/05_tree.ipynb #5283bb5c
 @dataclass(frozen=True)
 class Level:
-    "One granularity: a row of the tree"
+    """One granularity: a row of the tree
+
+    See also `TREE`, `DEFAULT_LEVELS`.
+    >>> TREE["head"].parent
+    'group'"""
     parent: str | None  # level whose nodes hold these; None for the root
     axes: Mapping[str, str] = field(default_factory=dict)  # what a node is counted by after its layer -> its number in Sites
     site: str | None = None   # field of SiteMasks that its nodes are entries of; None for nodes that hold others
@@ -98,7 +102,12 @@ def level_shapes(
     sites: Sites,                  # from find_sites
     levels: Any = DEFAULT_LEVELS,  # names of levels
 ) -> dict[str, tuple[int, ...]]:
-    "Shape of each level's tensor, layer first; without a level that the model has no nodes of"
+    """Shape of each level's tensor, layer first; without a level that the model has no nodes of
+
+    Raises `InputError` for an unknown level, or one that the model has no nodes of.
+    See also `find_sites`.
+    >>> level_shapes(circuit.sites, ("head",))
+    {'head': (4, 4)}"""
     def shape(level: str) -> tuple[int, ...]: return (sites.n_layers, *(getattr(sites, n) for n in TREE[level].axes.values()))
     shapes = {l: shape(l) for l in check_levels(levels)}
     there = {l: s for l, s in shapes.items() if 0 not in s}
@@ -148,7 +157,9 @@ def expert_of(
 
 # %% ../nbs/05_tree.ipynb #387087d4
 class SiteMasks(NamedTuple):
-    "One mask for each site; None leaves that site alone"
+    """One mask for each site; None leaves that site alone
+
+    See also `site_masks`."""
     attention: torch.Tensor | None      # [..., layers, heads × head width]
     mlp: torch.Tensor | None            # [..., layers, MLP width]
     output: torch.Tensor | None = None  # [..., layers, width], on what the MLP adds to the residual stream
@@ -191,7 +202,10 @@ def site_masks(
     gates: Mapping[str, torch.Tensor],  # level -> gates [..., layers, ...] in [0, 1], after any number of shared leading axes
     sites: Sites,                       # from find_sites
 ) -> SiteMasks:
-    "Multiply the gates down the tree into one mask for each site; it is zero where a layer has no neuron"
+    """Multiply the gates down the tree into one mask for each site; it is zero where a layer has no neuron
+
+    See also `Circuit.masks`.
+    >>> masks = site_masks({"head": torch.ones(4, 4)}, circuit.sites)"""
     found = {site: product(gates, finest, sites) for site, finest in FINEST.items()}
     for site, mask in found.items():
         if mask is None: continue
@@ -226,7 +240,12 @@ def close(
     kept: Mapping[str, torch.Tensor],  # level -> boolean tensor [layers, ...]; levels that are left out count as kept
     sites: Sites,                      # from find_sites
 ) -> dict[str, torch.Tensor]:
-    "Make a set of nodes consistent: children of closed nodes are closed, parents of closed children too"
+    """Make a set of nodes consistent: children of closed nodes are closed, parents of closed children too
+
+    See also `from_kept`.
+    >>> closed = close({"head": torch.zeros(4, 4, dtype=torch.bool)}, circuit.sites)
+    >>> closed["attention_neuron"].any().item()
+    False"""
     shapes = {l: s for l, s in level_shapes(sites, LEVELS).items() if l in kept or not TREE[l].after}
     k = {l: kept[l] if l in kept else torch.ones(s, dtype=torch.bool) for l, s in shapes.items()}
     k["mlp_neuron"] = k["mlp_neuron"] & (expert_of(sites) >= 0)

@@ -136,6 +136,13 @@ def beside(
     return torch.maximum(by + (now - each).mean(1), bounds(now, examples, confidence)), now
 
 # %% ../nbs/22_trimming.ipynb #716c3cb3
+def effort(
+    examples: Examples,  # of which some were measured
+    measured: int,       # how many
+) -> int:
+    "How much measuring them took, in pairs: an accelerator takes no longer for many than for a few"
+    return measured if examples.host.device.type == "cpu" else FEW
+
 def of_those_left(
     circuit: Circuit,  # whose parts
     over: dict[tuple[str, str, tuple[int, ...]], float],  # kind, level and node of a part -> by how much it is over without it
@@ -158,9 +165,13 @@ def trimmed(
     share: Share = 0.1,        # of the neurons of a head, MLP or expert, that are tried together
     sure: bool = False,        # measure all pairs always, and go on until no part can go, however long it takes
 ) -> Circuit:
-    "The circuit without what the budget does not need; its provenance says what each part that is left is needed for"
+    """The circuit without what the budget does not need; its provenance says what each part that is left is needed for
+
+    See also `discover`, which does it unless `Recipe(trim=False)`.
+    >>> smaller = trimmed(circuit, prepare(model, task, "valid", most=16), kl=1)
+    >>> smaller.n_neurons() <= circuit.n_neurons()
+    True"""
     asked = (examples, kl, confidence, faithfulness)
-    by_pair = examples.host.device.type == "cpu"  # an accelerator takes no longer for many
     check_enough(len(examples), confidence)
     (by, each), before, tried, spent, needed = excess_over(circuit, *asked, math.inf, over), circuit.n_neurons(), 0, 0, {}
     again, untried = (by <= 0).all(), 0
@@ -173,7 +184,7 @@ def trimmed(
                 if not group: continue
                 candidate, half = without(circuit, *group), len(group) // 2
                 found, now = excess_over(candidate, *asked, math.inf, over) if sure else beside(candidate, *asked, over, by, each)
-                tried, spent = tried + 1, spent + (now.shape[1] if by_pair else FEW)
+                tried, spent = tried + 1, spent + effort(examples, now.shape[1])
                 if (found <= 0).all(): circuit, by, each, again = candidate, found, now, sure
                 elif half: waiting += [group[half:], group[:half]]
                 else: needed[group[0].kind, group[0].level, group[0].node] = round(found.max().item(), 5)

@@ -19,7 +19,7 @@ import ipywidgets as widgets
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .ablations import ABLATIONS, Ablation, Held, corrupt, mean, name_of
+from .ablations import ABLATIONS, Ablation, Held, corrupt, mean, name_of, what_it_holds
 from .arguments import InputError, checked
 from .circuit import Circuit, CircuitFirst, Provenance, check_model, from_kept, from_scores, full_circuit
 from .evaluation import cuts
@@ -28,6 +28,7 @@ from .models import Model, tokenizer_of
 from .objective import kl_divergence
 from .pairs import Batch, Pair
 from .passes import Recording
+from .plots import attention_patterns, written_logits
 from .sites import Sites
 from .streams import Examples, ablation_of, logits_of, prepare
 from .tasks import Task
@@ -39,7 +40,11 @@ Node = tuple[Any, ...]  # (level, layer), or with a number in the layer as well
 # %% ../nbs/31_widgets.ipynb #0e0ad1c7
 @dataclass(frozen=True)
 class Choice:
-    "What to keep of a circuit, and what the other nodes hold"
+    """What to keep of a circuit, and what the other nodes hold
+
+    See also `Explorer`.
+    >>> Choice(edits={("head", 0, 1): False}).edits
+    {('head', 0, 1): False}"""
     threshold: float | None = None  # keep the neurons whose lowest score is above it; None: the circuit's own nodes
     most: Mapping[str, int] = field(default_factory=dict)     # level -> number of nodes to keep at most: the best ones
     edits: Mapping[Node, bool] = field(default_factory=dict)  # node -> True where opened by hand, False where closed
@@ -310,13 +315,25 @@ def label(
 
 # %% ../nbs/31_widgets.ipynb #5d786c43
 BOX = "padding:0 5px;text-align:center;border:1px solid rgba(128,128,128,.5)"
-OPEN, CLOSED = "background:#0173b2;color:#fff", "opacity:.55"
+CLOSED = "color:inherit"
+
+def filled(
+    share: float,  # of its neurons that are kept
+) -> str:
+    "The look of a box: blue from below, as high as the share"
+    height = f"{max(share, .06):.0%}"
+    return f"font-weight:600;background:linear-gradient(0deg,rgba(1,115,178,.4) {height},transparent {height})"
 
 def map_html(
     circuit: Circuit,  # any
 ) -> str:
     "The nodes as a table of boxes, the last layer on top; open ones are filled"
-    def box(node: Node) -> str: return tagged("td", f"{BOX};{OPEN if is_kept(circuit, node) else CLOSED}", label(node))
+    levels, whole = clickable(circuit), full_circuit(circuit.sites)
+    kept, there = (neurons_inside(c, levels) for c in (circuit, whole))
+    def box(node: Node) -> str:
+        place = node[1:]
+        share = float(kept[node[0]][place] / there[node[0]][place].clamp(min=1))
+        return tagged("td", f"{BOX};{filled(share) if is_kept(circuit, node) else CLOSED}", label(node))
     body = "".join(f"<tr>{''.join(map(box, row))}</tr>" for row in node_rows(circuit))
     return tagged("table", f"{TABLE};font-size:11px;width:auto", body)
 
@@ -379,7 +396,10 @@ def held_html(
 ) -> str:
     "What ablated nodes hold, in words"
     if ablation is corrupt: return f"corrupt prompt: {html.escape(pair.corrupt)}"
-    return f"closed nodes hold {html.escape(ablation.__doc__ or f'what {name_of(ablation)} returns')}"
+    return f"closed nodes hold {html.escape(what_it_holds(ablation))}"
+
+# %% ../nbs/31_widgets.ipynb #9bf70d17
+State = tuple[int, tuple[int, ...], Mapping[Node, bool], str]  # threshold's stop, limits, what was done by hand, ablation
 
 # %% ../nbs/31_widgets.ipynb #61906df9
 class Parts(widgets.VBox):
@@ -401,6 +421,13 @@ class Parts(widgets.VBox):
     threshold: widgets.SelectionSlider
     most: dict[str, widgets.IntSlider]       # by level
     nodes: dict[Node, widgets.ToggleButton]  # row by row with the last layer first
+    past: list[State]        # what the controls said before, the last as they are now
+    notes: dict[Node, str]   # what a reader wrote on nodes
+    preset: widgets.Dropdown
+    undo_button: widgets.Button
+    look: widgets.Dropdown   # the node that is looked at: the last that was clicked on
+    note: widgets.Textarea   # on this node
+    detail: widgets.HTML     # where it looks and what it writes
     path: widgets.Text
     save_button: widgets.Button
     reset_button: widgets.Button
@@ -411,7 +438,9 @@ class Parts(widgets.VBox):
 
 # %% ../nbs/31_widgets.ipynb #b403336c
 class Explorer(Parts):
-    "A circuit beside its model and a prompt, with controls; `circuit` is what they leave of it"
+    """A circuit beside its model and a prompt, with controls; `circuit` is what they leave of it
+
+    See also `explore`."""
     def __init__(self,
         circuit: Circuit,        # to open
         model: Any,              # that it belongs to
@@ -425,6 +454,7 @@ class Explorer(Parts):
         self.ablations, self.first = possible(model, pairs[0], reference, ablation), name_of(ablation)
         self.stops, self.whole = thresholds(circuit), neurons_inside(full_circuit(circuit.sites), clickable(circuit))
         self.edits, self.quiet = dict[Node, bool](), False
+        self.past, self.notes = [], read_notes(circuit)
         make_controls(self, path)
         self.children = arranged(self)
         listen(self)
@@ -460,6 +490,7 @@ def make_controls(
         options=[text for text, _ in view.stops], index=start_of(view), description="threshold", continuous_update=live,
         disabled=not circuit.scores, readout=False, layout=WIDE)
     view.most, view.nodes = limit_sliders(circuit, live), node_buttons(circuit)
+    make_beside(view)
     view.path = widgets.Text(value=path, description="save as")
     view.save_button, view.reset_button = (widgets.Button(description=text) for text in ("save", "as opened"))
     view.counts, view.answers, view.held, view.message = (widgets.HTML() for _ in range(4))
@@ -508,9 +539,188 @@ def arranged(
     "The parts of the view, top to bottom"
     columns, wrap = grid_columns(view.opened), widgets.Layout(flex_flow="row wrap")
     grid = widgets.GridBox([*view.nodes.values()], layout=widgets.Layout(grid_template_columns=columns, **GRID))
-    rows = [*view.most.values()], [grid, view.answers], [view.path, view.save_button, view.reset_button, view.message]
+    buttons = [view.preset, view.undo_button, view.reset_button, view.path, view.save_button, view.message]
+    rows = [*view.most.values()], [grid, view.answers, beside(view)], buttons
     limits, middle, last = (widgets.HBox(row, layout=wrap) for row in rows)
     return view.prompt, view.ablation, view.held, view.threshold, view.counts, limits, middle, last
+
+# %% ../nbs/31_widgets.ipynb #128003ae
+NOTES = "on_nodes"  # the name that a circuit's origin has for them
+
+def read_notes(
+    circuit: Circuit,  # any
+) -> dict[Node, str]:
+    "What was written on a circuit's nodes before"
+    there = {*chain.from_iterable(node_rows(circuit))}
+    try: listed = {tuple(node): str(text) for node, text in circuit.provenance.notes.get(NOTES, [])}
+    except (TypeError, ValueError): return {}  # another program's, of the same name
+    return {node: text for node, text in listed.items() if node in there}
+
+def noted(
+    circuit: Circuit,              # any
+    notes: Mapping[Node, str],     # on its nodes
+) -> Circuit:
+    "The circuit with these notes in its origin"
+    if notes == read_notes(circuit): return circuit
+    rest = {name: value for name, value in circuit.provenance.notes.items() if name != NOTES}
+    listed = {NOTES: [[[*node], text] for node, text in notes.items()]} if notes else {}
+    return replace(circuit, provenance=replace(circuit.provenance, notes=rest | listed))
+
+# %% ../nbs/31_widgets.ipynb #f7d65ac3
+def state_of(
+    view: Explorer,  # any
+) -> State:
+    "What its controls say"
+    return view.threshold.index, tuple(slider.value for slider in view.most.values()), view.edits, view.ablation.value
+
+def remember(
+    view: Explorer,  # any
+) -> None:
+    "Keep what the controls say, to go back to; where one slider moves on, its last place is enough"
+    now, past = state_of(view), view.past
+    def moved(a: State, b: State) -> list[int]: return [i for i, (x, y) in enumerate(zip(a, b)) if x != y]
+    if past and past[-1] == now: return
+    if len(past) > 1 and moved(past[-2], past[-1]) == moved(past[-1], now) in ([0], [1]): past[-1] = now
+    else: past.append(now)
+    view.undo_button.disabled = len(past) < 2
+
+def put(
+    view: Explorer,  # any
+    state: State,    # to put its controls in
+) -> None:
+    "Set the controls, and show"
+    with quietly(view):
+        view.threshold.index, limits, view.edits, view.ablation.value = state
+        for slider, value in zip(view.most.values(), limits): slider.value = value
+    ask(view)
+
+def undo(
+    view: Explorer,  # any
+) -> None:
+    "Go back by one change"
+    if len(view.past) > 1: view.past.pop()
+    put(view, view.past.pop())
+
+# %% ../nbs/31_widgets.ipynb #25b9ffc6
+def presets(
+    view: Explorer,  # any
+) -> dict[str, State]:
+    "Name -> what the controls say then: other sizes by the threshold, and one kind of nodes alone"
+    start, full = start_of(view), tuple(slider.max for slider in view.most.values())
+    opened, first = view.opened.n_neurons(), view.first
+    found: dict[str, State] = {"as opened": (start, full, {}, first)}
+    if not view.opened.scores: return found
+    sizes = [opened if t is None else int((cuts(view.opened.scores, view.opened.sites) > t).sum()) for _, t in view.stops]
+    def nearest(wanted: float) -> int: return min(range(len(sizes)), key=lambda i: abs(sizes[i] - wanted))
+    wanted = {"everything": math.inf, "twice as many neurons": 2 * opened, "half as many neurons": opened / 2,
+              "a tenth of the neurons": opened / 10}
+    found |= {name: (sizes.index(max(sizes)) if n == math.inf else nearest(n), full, {}, first) for name, n in wanted.items()}
+    for name, gone in (("heads alone", "mlp"), ("MLPs alone", "head")):
+        limits = tuple(0 if level == gone else slider.max for level, slider in view.most.items())
+        if gone in view.most: found[name] = start, limits, {}, first
+    return found
+
+# %% ../nbs/31_widgets.ipynb #1012d0e6
+def code(
+    text: str,  # of a token
+) -> str:
+    "The token as HTML, with its spaces"
+    return f"<code>{html.escape(repr(text))}</code>"
+
+def likeliest(
+    logits: torch.Tensor,  # what is added to each token's, [vocabulary]
+    tokenizer: PreTrainedTokenizerBase,  # of the model
+    n: int = 4,            # tokens to name
+) -> str:
+    "The tokens that it pushes up most, and those that it pushes down, as HTML"
+    def names(ids: torch.Tensor) -> str: return " ".join(code(str(tokenizer.decode([i]))) for i in ids.tolist())
+    return f"up {names(logits.topk(n).indices)}, down {names((-logits).topk(n).indices)}"
+
+def looks_html(
+    view: Explorer,  # any
+    node: Node,      # a head
+) -> str:
+    "Where a head looks from the last token of the prompt, as HTML"
+    patterns, tokens = attention_patterns(view.model, view.pairs[view.prompt.value].clean, [node[1:]])
+    weights, places = patterns[0, -1].topk(min(4, len(tokens)))
+    said = ", ".join(f"{code(tokens[i])} {w:.0%}" for w, i in zip(weights.tolist(), places.tolist()))
+    return f"From the last token it looks at {said}."
+
+def writes_html(
+    view: Explorer,  # any
+    node: Node,      # a head or an MLP
+    most: int = 3,   # neurons to name
+) -> str:
+    "What the kept neurons of a node that rank highest write by the direct path, as HTML"
+    level = ranked_by(node[0]) or ""
+    kept = [index for (index,) in view.circuit.kept[level][node[1:]].nonzero().tolist()]
+    if not kept: return "None of its neurons is kept."
+    rank = lowest(view.opened.scores, view.opened.sites).get(level)
+    if rank is not None: kept.sort(key=lambda index: -rank[node[1:]][index].item())
+    rows = written_logits(view.model, level, [(*node[1:], index) for index in kept[:most]])
+    lines = (f"neuron {index} writes {likeliest(row, tokenizer_of(view.model))}" for index, row in zip(kept, rows))
+    return "<br>".join(lines)
+
+# %% ../nbs/31_widgets.ipynb #25534080
+def detail_html(
+    view: Explorer,  # any
+    node: Node,      # that is looked at
+) -> str:
+    "What is known of a node: how much is kept, where it looks and what it writes; or why it cannot be said, as HTML"
+    lines = [tagged("b", "", told(node, neurons_inside(view.circuit, clickable(view.opened)), view.whole))]
+    parts = {"head": (looks_html, writes_html), "mlp": (writes_html,)}.get(node[0], ())
+    for part in parts:
+        try: lines.append(part(view, node))
+        except (InputError, NotImplementedError) as error: lines.append(html.escape(str(error)))
+    return tagged("div", "max-width:46em;line-height:1.5", "<br>".join(lines))
+
+def make_beside(
+    view: Explorer,  # to give them to
+) -> None:
+    "Make what stands beside the nodes: presets, the way back, and the node that is looked at with its note"
+    nodes = [(named(node), node) for node in view.nodes]
+    view.look = widgets.Dropdown(options=[("a node", None), *nodes], description="look at")
+    layout = widgets.Layout(width="300px", height="56px")
+    view.note = widgets.Textarea(placeholder="a note on this node, saved with the circuit", disabled=True, layout=layout)
+    view.preset = widgets.Dropdown(options=["preset", *presets(view)])
+    view.undo_button, view.detail = widgets.Button(description="undo", disabled=True), widgets.HTML()
+
+def beside(
+    view: Explorer,  # with its controls
+) -> widgets.Widget:
+    "Where a node is looked at"
+    return widgets.VBox([view.look, view.detail, view.note])
+
+# %% ../nbs/31_widgets.ipynb #7ca31bfa
+def look_at(
+    view: Explorer,  # any
+) -> None:
+    "Show the node that is looked at, and its note"
+    node = view.look.value
+    with quietly(view): view.note.value, view.note.disabled = view.notes.get(node, ""), node is None
+    view.detail.value = "" if node is None else detail_html(view, node)
+
+def write_note(
+    view: Explorer,  # any
+) -> None:
+    "Keep the note that a reader writes; an empty one is dropped"
+    if view.quiet or view.look.value is None: return
+    rest = {node: text for node, text in view.notes.items() if node != view.look.value}
+    view.notes = rest | ({view.look.value: view.note.value} if view.note.value.strip() else {})
+    view.circuit = noted(chosen(view.opened, view.choice), view.notes)
+
+def connect_beside(
+    view: Explorer,  # with its controls
+) -> None:
+    "Connect what stands beside the nodes"
+    def picked(change: dict[str, Any]) -> None:
+        if view.quiet or change["new"] == "preset": return
+        put(view, presets(view)[change["new"]])
+        with quietly(view): view.preset.value = "preset"  # so that it can be picked again
+    view.preset.observe(picked, "value")
+    view.look.observe(lambda _: look_at(view), "value")
+    view.note.observe(lambda _: write_note(view), "value")
+    view.undo_button.on_click(lambda _: undo(view))
 
 # %% ../nbs/31_widgets.ipynb #4c46f353
 @contextmanager
@@ -532,6 +742,7 @@ def listen(
     for control in (view.prompt, view.ablation): control.observe(partial(ask_or_go_back, view), "value")
     for slider in (view.threshold, *view.most.values()): slider.observe(moved, "value")
     for node, button in view.nodes.items(): button.observe(partial(clicked, node), "value")
+    connect_beside(view)
     for button in (view.save_button, view.reset_button): button.on_click(pressed)
 
 # %% ../nbs/31_widgets.ipynb #dcea00c1
@@ -572,6 +783,7 @@ def click(
 ) -> None:
     "Open or close a node, and show"
     if view.quiet: return
+    view.look.value = node
     view.edits = toggled(view.opened, view.choice, node, opened).edits
     show(view)
 
@@ -587,15 +799,21 @@ def neurons_inside(
         return holder[kept].bincount(minlength=math.prod(shapes[level])).view(shapes[level])
     return {level: torch.stack([inside(level, l) for l in held_by(level) if l in NEURONS]).sum(0) for level in shapes}
 
+def named(
+    node: Node,  # any
+) -> str:
+    "What a node is called in a sentence"
+    level, layer, *place = node
+    return f"layer {layer}" + ("" if level == "block" else f", {' '.join(map(str, (TREE[level].spoken, *place)))}")
+
 def told(
     node: Node,                         # any
     kept: Mapping[str, torch.Tensor],   # from neurons_inside, of the circuit
     whole: Mapping[str, torch.Tensor],  # the same of the full model
 ) -> str:
     "How many neurons of a node are kept, for its tooltip"
-    level, layer, *place = node
-    where = "" if level == "block" else f", {' '.join(map(str, (TREE[level].spoken, *place)))}"
-    return f"layer {layer}{where}: {kept[level][node[1:]]:,} of {whole[level][node[1:]]:,} neurons"
+    level = node[0]
+    return f"{named(node)}: {kept[level][node[1:]]:,} of {whole[level][node[1:]]:,} neurons"
 
 # %% ../nbs/31_widgets.ipynb #d568a188
 def show(
@@ -603,13 +821,15 @@ def show(
 ) -> None:
     "Show the circuit that the controls leave, and what it answers"
     if view.quiet: return
-    view.circuit = chosen(view.opened, view.choice)
+    view.circuit = noted(chosen(view.opened, view.choice), view.notes)
+    remember(view)
     inside = neurons_inside(view.circuit, clickable(view.opened))
     with quietly(view):
         for node, button in view.nodes.items():
             kept = is_kept(view.circuit, node)
             look = dict(value=kept, button_style="info" if kept else "", tooltip=told(node, inside, view.whole))
             for name, value in look.items(): button.set_trait(name, value)
+    if view.look.value is not None: look_at(view)
     view.counts.value = tagged("div", INDENT, f"{view.threshold.label}. Now {summary(view.circuit)}.")
     view.answers.value = answer(view)
 
@@ -659,8 +879,12 @@ def explore(
     task: Any,             # Task, whose test pairs are taken; a Pair, or a list of Pairs
     path: str | Path | None = None,  # where to save the edited circuit; None: "edited.json" in the current folder
     ablation: Any = None,  # what ablated nodes hold first: a name in ABLATIONS, or a function; None: as it was found
-) -> Explorer:
-    "Open a circuit beside its model and prompts, to change it by hand"
+) -> Explorer:  # a widget; its `circuit` is what the reader has left of it
+    """Open a circuit beside its model and prompts, to change it by hand
+
+    Raises `InputError` for anything but a Task, a Pair or a list of Pairs.
+    See also `view`, which needs no kernel.
+    >>> explorer = explore(circuit, model, task)"""
     check_model(circuit, host_of(model))
     pairs = [task] if isinstance(task, Pair) else task.test if isinstance(task, Task) else task
     pairs = list(pairs) if isinstance(pairs, (list, tuple)) else []

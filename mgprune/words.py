@@ -87,7 +87,11 @@ def _both_known(words: Mapping[str, str], tokenizer: PreTrainedTokenizerBase) ->
 def word_pool(
     model: Any,  # a model from load_model, or a tokenizer
 ) -> dict[str, tuple[str, ...]]:
-    "Lists of words that are each one token after a space, by name"
+    """Lists of words that are each one token after a space, by name
+
+    See also `one_token`, `templated`.
+    >>> "Mary" in word_pool(model)["names"]
+    True"""
     tokenizer = tokenizer_of(model)
     lists = dict(female=FEMALE, male=MALE, neutral=NEUTRAL, places=PLACES, things=THINGS, events=EVENTS, traits=TRAITS,
                  roles=ROLES, arguments=ARGUMENTS)

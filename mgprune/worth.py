@@ -282,7 +282,10 @@ def worth(
     draws: Count = 2000,              # resamples for the interval of faithfulness
     seed: Seed = 0,                   # of the resamples
 ) -> Worth:
-    "Every measure of the circuit with its uncertainty, for all pairs and for each group, and the pairs themselves"
+    """Every measure of the circuit with its uncertainty, for all pairs and for each group, and the pairs themselves
+
+    See also `evaluate`, `report`.
+    >>> found = worth(circuit, model, task, by=("template",), draws=20)"""
     found = task_of(model, task)
     examples = prepare_for(circuit, model, found, ablation, reference)
     logits = logits_of(circuit, examples)

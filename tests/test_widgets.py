@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from mgprune import Circuit, evaluate, load_model, tasks
-from mgprune.ablations import ABLATIONS
+from mgprune.ablations import ABLATIONS, what_it_holds
 from mgprune.arguments import InputError
 from mgprune.circuit import from_kept, from_scores, full_circuit
 from mgprune.models import fingerprint
 from mgprune.pairs import encode
 from mgprune.passes import answer_logits
+from mgprune.plots import attention_patterns
 from mgprune.sites import find_sites
 from mgprune.tree import LEVELS, at_level, close, level_shapes, lowest
 from mgprune.widgets import Choice, answer, chosen, clickable, explore, frozen_html, is_kept, limits, node_rows, toggled
@@ -105,7 +106,7 @@ def test_the_last_column_is_a_circuit_without_nodes(ablation):
         assert shown == applied_probability(applied, LONG.test[0], ablation, LONG)
     assert (">corrupt prompt<" in view.answers.value) == (ablation == "corrupt") == (">all ablated<" not in view.answers.value)
     said = html.unescape(view.held.value)
-    assert (LONG.test[0].corrupt in said) == (ablation == "corrupt") == (ABLATIONS[ablation].__doc__ not in said)
+    assert (LONG.test[0].corrupt in said) == (ablation == "corrupt") == (what_it_holds(ABLATIONS[ablation]) not in said)
 
 
 def test_the_ablations_that_are_offered_are_those_that_are_possible():
@@ -320,7 +321,7 @@ def test_the_frozen_view_says_what_the_widget_says(view):
     bundle = view._repr_mimebundle_()
     assert bundle["text/html"] == frozen_html(view) and answer(view) in bundle["text/html"] and TASK.test[0].clean in bundle["text/html"]
     assert "application/vnd.jupyter.widget-view+json" in bundle and bundle["text/plain"].startswith("Explorer")
-    assert bundle["text/html"].count("background:#0173b2") == sum(is_kept(view.circuit, n) for n in NODES)
+    assert bundle["text/html"].count("rgba(1,115,178,.4)") == sum(is_kept(view.circuit, n) for n in NODES)
 
 
 def test_one_pair_and_lists_of_pairs():
@@ -334,3 +335,53 @@ def test_the_wrong_model_is_refused():
     other = Circuit(CIRCUIT.kept, SITES, CIRCUIT.scores, dict(ORIGIN, fingerprint="0" * 16))
     with pytest.raises(InputError, match="fingerprint"): explore(other, MODEL, TASK)
     with pytest.raises(InputError, match="the circuit comes first"): explore(MODEL, CIRCUIT, TASK)
+
+
+def test_undo_goes_back_change_by_change(view):
+    seen = [view.choice]
+    for change in (lambda: view.nodes["head", 1, 2].set_trait("value", not view.nodes["head", 1, 2].value),
+                   lambda: view.most["head"].set_trait("value", 3), lambda: view.threshold.set_trait("index", 2)):
+        change()
+        seen.append(view.choice)
+    assert len({str(choice) for choice in seen}) == 4
+    for choice in reversed(seen[:-1]):
+        view.undo_button.click()
+        assert view.choice == choice
+    assert view.circuit is CIRCUIT and view.undo_button.disabled
+
+
+def test_moves_of_one_slider_are_one_change(view):
+    for index in (2, 5, 9): view.threshold.index = index
+    view.undo_button.click()
+    assert view.choice == Choice()
+
+
+def test_presets_say_what_they_do(view):
+    view.preset.value = "everything"
+    assert view.circuit.n_neurons() == 2560
+    view.preset.value = "heads alone"
+    assert not view.circuit.mlps() and view.circuit.heads() == CIRCUIT.heads()
+    view.preset.value = "half as many neurons"
+    assert .35 < view.circuit.n_neurons() / CIRCUIT.n_neurons() < .65
+    view.preset.value = "as opened"
+    assert view.circuit is CIRCUIT
+
+
+def test_notes_are_saved_with_the_circuit_and_opened_again(view, tmp_path):
+    view.look.value, view.note.value = ("head", 2, 1), "moves the <name>"
+    view.look.value = ("mlp", 0)
+    assert view.note.value == ""
+    view.path.value = str(tmp_path / "noted.json")
+    view.save_button.click()
+    again = explore(Circuit.load(tmp_path / "noted.json"), MODEL, TASK)
+    again.look.value = ("head", 2, 1)
+    assert again.note.value == "moves the <name>" and again.notes == view.notes
+    again.note.value = " "
+    assert not again.notes and "on_nodes" not in again.circuit.provenance.notes
+
+
+def test_a_click_says_where_a_head_looks_and_what_its_neurons_write(view):
+    for node in (("head", 3, 0), ("head", 3, 0)): view.nodes[node].value = not view.nodes[node].value
+    patterns, tokens = attention_patterns(MODEL, TASK.test[0].clean, [(3, 0)])
+    assert view.look.value == ("head", 3, 0) and repr(tokens[patterns[0, -1].argmax()]) in html.unescape(view.detail.value)
+    assert f"{patterns[0, -1].max():.0%}" in view.detail.value and view.detail.value.count("neuron ") == 3

@@ -1,7 +1,8 @@
 """Drive the explorer in a real JupyterLab: python tests/browser/widget.py [FOLDER]
 
 Opens a small notebook, moves the threshold, closes a head, chooses another ablation, and compares the probability
-on the page with what the circuit computes in another process; then saves the edited circuit and loads it. A second notebook, on a
+on the page with what the circuit computes in another process. Looks at a node, writes a note on it, chooses a preset
+and undoes it; then saves the edited circuit and loads it. A second notebook, on a
 dark page, opens a model of thirty layers. Screenshots go to FOLDER.
 Needs the extra `browser` and a Chromium.
 """
@@ -108,7 +109,7 @@ class Page:
 
 def opened(page, url):
     "Open the notebook and run its cell"
-    page.goto(url)
+    page.goto(url, timeout=180_000)  # a slow machine
     cell = page.locator(".jp-Notebook .jp-CodeCell").first
     cell.wait_for(timeout=120_000)
     shown = page.locator(".jp-OutputArea-output .widget-vbox").first
@@ -161,13 +162,29 @@ def drive(page, model, task, circuit, folder, shots):
     print(f"threshold moved, {text}: the answer has {view.answer()}")
     page.screenshot(path=shots / "widget-threshold.png")
 
+    page.set_viewport_size(dict(width=1400, height=900))
     view.button(circuit, layer, 1 + head).click()
-    page.wait_for_timeout(500)
+    view.view.get_by_text(re.compile("From the last token it looks at")).wait_for()
+    assert view.view.get_by_text(re.compile(f"layer {layer}, head {head}: ")).count() >= 1
+    assert view.view.get_by_text(re.compile("writes up")).count() >= 1
+    view.view.locator("textarea").fill("carries the name")
+    view.view.locator("textarea").blur()
+    page.screenshot(path=shots / "widget-looked-at.png")
+    print(f"layer {layer} head {head} looked at, with a note on it")
+
+    closed = view.counts()
+    view.view.locator("select", has=page.locator("option", has_text=re.compile("^heads alone$"))).select_option(label="heads alone")
+    view.wait(lambda: "0 of 4 MLPs" in view.counts(), True)
+    view.view.locator("button", has_text=re.compile("^undo$")).click()
+    view.wait(view.counts, closed)
+    print("a preset, and back by undo")
+
     view.view.locator("button", has_text=re.compile("^save$")).click()
     view.view.get_by_text(re.compile("^saved")).wait_for()
     saved = Circuit.load(folder / "edited.json", model)
     assert saved.kept["head"][layer, head] != smaller.kept["head"][layer, head]
     view.wait(view.answer, computed(model, saved, pair))
+    assert saved.provenance["on_nodes"] == [[["head", layer, head], "carries the name"]]
     edits = saved.provenance["edited"][-1]["edits"]
     print(f"saved with edits {edits}; loaded again: {saved.n_neurons()} neurons, the same answer")
 
