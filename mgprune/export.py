@@ -236,6 +236,7 @@ def page_data(
 @checked
 def view(
     circuit: Circuit,  # any
+    graph: str = "",   # a picture of the edges of a graph in it, as `Graph.view` gives it
 ) -> str:
     """A page of its own that shows the circuit, as HTML text: it opens from the disk and needs no network
 
@@ -247,7 +248,7 @@ def view(
             for level, (kept, total) in circuit.counts().items()]
     template = string.Template((EMBEDDED.parent / "view.html").read_text(encoding="utf-8"))
     return template.safe_substitute(title=html.escape(printable(title_of(circuit))), facts=html.escape(facts_of(circuit)),
-                                    counts="".join(rows), data=page_data(circuit))
+                                    counts="".join(rows), graph=graph, data=page_data(circuit))
 
 # %% ../nbs/32_export.ipynb #ab13b6e5
 def csv(

@@ -16,22 +16,26 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 from safetensors.torch import load as load_arrays, save as save_arrays
 
+from .ablations import corrupt
 from .applied import counted_as_applied, recorded_prompts
-from .arguments import Count, InputError, checked, expect, printable, shown
+from .arguments import Count, InputError, as_path, checked, expect, printable, shown
 from .circuit import (Circuit, Provenance, as_text, check_consistent, check_model, check_provenance, check_same_shape,
                              intersection, json_path, needed, provenance_of, readable, sites_of, tensors_of, union)
 from .edge_pass import Streams, logits_with, prepare_edges, wired, wires_of
 from .evaluation import measures
-from .export import mib
+from .export import mib, view
 from .files import digest, write_file
 from .hooks import host_of
 from .models import Model, frozen
 from .plots import COLOURS, Picture
 from .streams import Pairs, holding
+from .tasks import Task
+from .widgets import Explorer, Shown, pairs_of
 from .wiring import Wiring, closed_edges, edge_numbers, edges_among
 
 # %% ../nbs/45_graph.ipynb #aef6bfc1
@@ -163,6 +167,26 @@ class Graph:
     def mib(self) -> dict[str, Any]:
         "The graph as EAP-IG and the Mechanistic Interpretability Benchmark write it: plain values for a JSON file"
         return as_mib(self)
+
+    @checked
+    def explore(self,
+        model: Model,  # that it belongs to
+        task: Any,     # Task, whose test pairs are taken; a Pair, or a list of Pairs
+        path: str | Path | None = None,  # where to save the edited graph; None: "edited.json" in the current folder
+    ) -> Explorer:
+        "Open the graph beside its model and prompts, to close its nodes by hand"
+        return explore(self, model, task, path)
+
+    def view(self) -> str:
+        "A page of its own that shows the circuit and its edges, as HTML text: it opens from the disk and needs no network"
+        return view(replace(self.circuit, provenance=self.provenance), svg(self))
+
+    @checked
+    def write(self,
+        path: str | Path,  # of the file; its ending is one of .html, .dot and .mib.json
+    ) -> Path:
+        "Write the graph as what the name of the file says, and return its path"
+        return write(self, path)
 
     @checked
     def plot(self,
@@ -333,9 +357,11 @@ def load(
     return graph
 
 # %% ../nbs/45_graph.ipynb #303c1971
+HeadEdge = tuple[str, str, str, float]  # writer, node that reads, part of it, score
+
 def by_head(
     graph: Graph,  # any
-) -> Iterator[tuple[str, str, str, float]]:
+) -> Iterator[HeadEdge]:
     "Each edge as (writer, node that reads, part of it, score), into keys and values for every head that uses them"
     w, used = graph.wiring, graph.kept.any(0)
     for writer, name, score in graph.edges():
@@ -389,6 +415,7 @@ def as_mib(
 # %% ../nbs/45_graph.ipynb #a6d96998
 ROW, BOX, HIGH = 1.05, .76, .42  # inches between rows, and width and height of a box
 INK = dict(zip("qkv", COLOURS.values())) | {"": "0.45"}
+SHIFT = {"q": -.28, "k": 0., "v": .28}  # where a part reads, from the middle of its box, in widths of it
 SPOKEN = {"q": "queries", "k": "keys", "v": "values", "": "an MLP or the logits"}
 
 def row_of(
@@ -413,6 +440,17 @@ def placed_nodes(
         places |= {name: ((i - (len(here) - 1) / 2) * 1.25 * BOX + shift, y * ROW) for i, name in enumerate(here)}
     return places
 
+def laid_out(
+    graph: Graph,           # any
+    edges: list[HeadEdge],  # of it, to draw
+) -> tuple[dict[str, tuple[float, float]], tuple[float, float]]:
+    "Where the middle of each node on these edges is, and how far they reach to each side and up"
+    names = {name for writer, node, *_ in edges for name in (writer, node)}
+    places = placed_nodes(graph, [name for name in (*graph.wiring.writers, "logits") if name in names])
+    wide, high = (max((abs(place[axis]) for place in places.values()), default=0) for axis in (0, 1))
+    return places, (max(wide, 1.6), high)
+
+# %% ../nbs/45_graph.ipynb #72065f41
 def draw_edge(
     axes: Axes,                  # to draw on
     start: tuple[float, float],  # middle of the writer
@@ -421,13 +459,20 @@ def draw_edge(
     strength: float,             # of the edge, from 0 to 1
 ) -> None:
     "An arrow from the top of the writer to the place at the bottom of the reader where that part reads"
-    x, y = end[0] + {"q": -.28, "k": 0., "v": .28}.get(part, 0.) * BOX, end[1] - HIGH / 2
+    x, y = end[0] + SHIFT.get(part, 0.) * BOX, end[1] - HIGH / 2
     far = (end[1] - start[1]) / ROW > 1.5
     bend = (.18 if end[0] >= start[0] else -.18) * far
     style = dict(connectionstyle=f"arc3,rad={bend}", arrowstyle="-|>", mutation_scale=6, lw=.5 + 2.5 * strength, color=INK[part])
     axes.add_patch(FancyArrowPatch((start[0], start[1] + HIGH / 2), (x, y), alpha=.8, shrinkA=0, shrinkB=0, zorder=1, **style))
 
 # %% ../nbs/45_graph.ipynb #916fd33d
+def called(
+    name: str,  # of a node
+) -> str:
+    "What is written on its box"
+    if name in ("input", "logits"): return name.replace("input", "embedding")
+    return f"head {name[1:].replace('.h', '.')}" if name[0] == "a" else f"MLP {name[1:]}"
+
 def draw_node(
     axes: Axes,                  # to draw on
     name: str,                   # of the node
@@ -437,10 +482,8 @@ def draw_node(
     x, y = place
     style, is_head = dict(boxstyle="round,pad=0,rounding_size=.08", facecolor="white", edgecolor="0.3"), name[0] == "a"
     axes.add_patch(FancyBboxPatch((x - BOX / 2, y - HIGH / 2), BOX, HIGH, lw=.8, zorder=2, **style))
-    ends = {"input": "embedding", "logits": "logits"}
-    said = ends.get(name) or (f"head {name[1:].replace('.h', '.')}" if is_head else f"MLP {name[1:]}")
-    axes.text(x, y + .05 * is_head, said, ha="center", va="center", fontsize=6.5, zorder=3)
-    for part, shift in (("q", -.28), ("k", 0.), ("v", .28)) if is_head else ():
+    axes.text(x, y + .05 * is_head, called(name), ha="center", va="center", fontsize=6.5, zorder=3)
+    for part, shift in SHIFT.items() if is_head else ():
         axes.text(x + shift * BOX, y - .13, part, ha="center", va="center", fontsize=5.5, color=INK[part], zorder=3)
 
 def picture(
@@ -449,13 +492,10 @@ def picture(
 ) -> Figure:
     "Picture of the graph, from the embedding at the bottom to the logits at the top"
     edges = [*by_head(graph)][:most]
-    names = [*dict.fromkeys(name for writer, node, *_ in edges for name in (writer, node))]
-    order = {name: i for i, name in enumerate((*graph.wiring.writers, "logits"))}
-    places = placed_nodes(graph, sorted(names, key=order.__getitem__))
-    wide, high = (max((abs(place[axis]) for place in places.values()), default=0) for axis in (0, 1))
-    figure = Picture(figsize=(2 * max(wide, 1.6) + 2 * BOX, high + 1.7))
+    places, (wide, high) = laid_out(graph, edges)
+    figure = Picture(figsize=(2 * wide + 2 * BOX, high + 1.7))
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(-max(wide, 1.6) - BOX, max(wide, 1.6) + BOX), ylim=(-1.1, high + .6))
+    axes.set(xlim=(-wide - BOX, wide + BOX), ylim=(-1.1, high + .6))
     axes.axis("off")
     top = max((abs(score) for *_, score in edges), default=1.) or 1.
     for writer, node, part, score in edges: draw_edge(axes, places[writer], places[node], part, abs(score) / top)
@@ -465,3 +505,113 @@ def picture(
     axes.legend(handles=[Patch(color=INK[part], label=SPOKEN[part]) for part in INK], loc="lower center", ncols=4, fontsize=6,
                 frameon=False, title=title, title_fontsize=6)
     return figure
+
+# %% ../nbs/45_graph.ipynb #8681ddb4
+Place = tuple[float, float]  # to the right and down, in pixels
+
+def text_svg(
+    x: float,      # of its middle
+    y: float,      # of its lower edge
+    said: str,     # the text, as SVG
+    pixels: int,   # its size
+    ink: str = "CanvasText",  # its colour, as CSS
+) -> str:
+    "A line of text, as SVG"
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle" style="font-size:{pixels}px;fill:{ink}">{said}</text>'
+
+def line_svg(
+    start: Place,      # the top of the writer
+    end: Place,        # where the reader reads
+    names: list[str],  # of the writer, the node that reads, and the part of it
+    strength: float,   # of the edge, from 0 to 1
+    score: float,      # of the edge
+) -> str:
+    "A line from a writer to a node that reads, as SVG"
+    (x, y), (far_x, far_y), (writer, node, part) = start, end, names
+    bend, middle = (far_x - x or 1) / abs(far_x - x or 1) * max(0, y - far_y - 60) * .15, (y + far_y) / 2
+    way = f"M{x:.1f} {y:.1f}C{x + bend:.1f} {middle:.1f} {far_x + bend:.1f} {middle:.1f} {far_x:.1f} {far_y:.1f}"
+    said = f"{writer} to {node}{f', {SPOKEN[part]}' * bool(part)}: {score:.3g}"
+    return (f'<path d="{way}" fill="none" stroke="{to_hex(INK[part])}" stroke-width="{1 + 4 * strength:.2f}" opacity=".75" '
+            f'data-from="{writer}" data-to="{node}" data-part="{part}"><title>{said}</title></path>')
+
+# %% ../nbs/45_graph.ipynb #9d3bcbc8
+def box_svg(
+    name: str,     # of a node
+    place: Place,  # of its middle
+    size: Place,   # of the box
+) -> str:
+    "A box with the name of the node, as SVG; heads have a letter for each part at their lower edge"
+    (x, y), (wide, high), is_head = place, size, name[0] == "a"
+    parts = (text_svg(x + shift * wide, y + .42 * high, part, 9, to_hex(INK[part])) for part, shift in SHIFT.items() if is_head)
+    return (f'<g data-node="{name}"><rect x="{x - wide / 2:.1f}" y="{y - high / 2:.1f}" width="{wide:.1f}" height="{high:.1f}" '
+            f'rx="6" style="fill:Canvas;stroke:GrayText"/>{text_svg(x, y + 4 - 4 * is_head, called(name), 10)}'
+            f'{"".join(parts)}</g>')
+
+# %% ../nbs/45_graph.ipynb #82b90e76
+def svg(
+    graph: Graph,     # any
+    most: int = 200,  # edges to draw, the strongest
+) -> str:
+    "The graph as an SVG element for a page, from the embedding at the bottom to the logits at the top"
+    edges = [*by_head(graph)][:most]
+    places, (wide, high) = laid_out(graph, edges)
+    top, size = max((abs(score) for *_, score in edges), default=1.) or 1., (72 * BOX, 72 * HIGH)
+    pixels = {name: (72 * (x + wide + BOX), 72 * (high + .4 - y)) for name, (x, y) in places.items()}
+    lines = []
+    for writer, node, part, score in edges:
+        (x, y), (far_x, far_y) = pixels[writer], pixels[node]
+        end = far_x + SHIFT.get(part, 0.) * size[0], far_y + size[1] / 2
+        lines.append(line_svg((x, y - size[1] / 2), end, [writer, node, part], abs(score) / top, score))
+    left = sum(1 for _ in by_head(graph)) - len(edges)
+    inks = (f'<tspan style="fill:{to_hex(INK[part])}">{spoken}</tspan>' for part, spoken in SPOKEN.items())
+    said = f"{len(edges)} edges" + f", {left} weaker ones left out" * (left > 0) + ", read by " + ", ".join(inks)
+    across, down = 144 * (wide + BOX), 72 * (high + 1.1)
+    inside = [*lines, *(box_svg(name, place, size) for name, place in pixels.items()), text_svg(across / 2, down - 6, said, 11)]
+    style = f"width:100%;max-width:{1.4 * across:.0f}px;font-family:sans-serif"
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {across:.0f} {down:.0f}" style="{style}" role="img" '
+            f'aria-label="graph of edges">{"".join(inside)}</svg>')
+
+# %% ../nbs/45_graph.ipynb #80f9b09b
+def mib_json(
+    graph: Graph,  # any
+) -> str:
+    "The benchmark's nodes and edges as JSON text"
+    return json.dumps(as_mib(graph))
+
+WRITERS = {".html": Graph.view, ".dot": dot, ".mib.json": mib_json}  # by the ending of a name
+
+def write(
+    graph: Graph,      # any
+    path: str | Path,  # of the file
+) -> Path:
+    "Write the graph as what the name of the file says, and return its path"
+    path = as_path(path)
+    ending = next((e for e in WRITERS if path.name.endswith(e)), None)
+    if not ending: raise InputError(
+        f"{path.name!r} has none of the endings {', '.join(WRITERS)}. To load the graph again, use graph.save")
+    return write_file(path, WRITERS[ending](graph).encode())
+
+# %% ../nbs/45_graph.ipynb #1de7eff5
+def within(
+    graph: Graph,      # any
+    circuit: Circuit,  # of the same model
+) -> Graph:
+    "The graph's edges between the nodes of a circuit"
+    return replace(graph, kept=graph.kept & edges_among(graph.wiring, circuit), circuit=circuit)
+
+def explore(
+    graph: Graph,            # any
+    model: torch.nn.Module,  # that it belongs to
+    task: Any,               # Task, whose test pairs are taken; a Pair, or a list of Pairs
+    path: str | Path | None, # where to save the edited graph; None: "edited.json" in the current folder
+) -> Explorer:
+    "Open the graph beside its model and prompts, to close its nodes by hand"
+    def bind(model, pairs, **rest): return prepare_edges(graph.circuit, model, pairs, closed=True)
+    def logits(circuit, examples):
+        own = within(graph, circuit)
+        with torch.no_grad(): return logits_with(own.wires(model), examples, own.kept.float())
+    def draw(circuit): return svg(within(graph, circuit))
+    def save(circuit, path): return within(graph, circuit).save(path)
+    place, reference = str(path or "edited.json"), task if isinstance(task, Task) else None
+    shown = Shown(bind, logits, draw, save)
+    return Explorer(graph.circuit, model, pairs_of(task), place, reference, dict(corrupt=corrupt), "corrupt", shown)

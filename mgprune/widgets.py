@@ -7,7 +7,7 @@ __all__ = ['Choice', 'Explorer', 'explore']
 
 # %% ../nbs/31_widgets.ipynb #466e59a1
 import html, math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
@@ -210,14 +210,17 @@ def titles(
     "What is written above the three columns"
     return "full model", "circuit", "corrupt prompt" if ablation is corrupt else "all ablated"
 
+Logits = Callable[[Circuit, Examples], torch.Tensor]  # of a circuit on examples, [examples, vocabulary]
+
 def next_probabilities(
     circuit: Circuit,    # any
     examples: Examples,  # one pair on the circuit's model
+    logits: Logits = logits_of,  # says what it answers
 ) -> torch.Tensor:
     "Probabilities of the next token, [columns, vocabulary]: full model, circuit, and the model with every node ablated"
     if examples.closed is None: raise InputError(
         "these Examples lack the answers with every node ablated: prepare them with closed=True")
-    return torch.stack([examples.full[0].exp(), logits_of(circuit, examples)[0].float().softmax(-1), examples.closed[0].exp()])
+    return torch.stack([examples.full[0].exp(), logits(circuit, examples)[0].float().softmax(-1), examples.closed[0].exp()])
 
 # %% ../nbs/31_widgets.ipynb #0ba37072
 Row = tuple[str, str, list[float]]
@@ -401,6 +404,15 @@ def held_html(
 # %% ../nbs/31_widgets.ipynb #9bf70d17
 State = tuple[int, tuple[int, ...], Mapping[Node, bool], str]  # threshold's stop, limits, what was done by hand, ablation
 
+# %% ../nbs/31_widgets.ipynb #c44f832c
+@dataclass(frozen=True)
+class Shown:
+    "How a view binds a pair, answers it, draws and saves: as a circuit does; a graph has ways of its own"
+    bind: Callable[..., Examples] = prepare
+    logits: Logits = logits_of
+    draw: Callable[[Circuit], str] = lambda circuit: ""          # as HTML, below the rest
+    save: Callable[[Circuit, str], Path] = lambda circuit, path: circuit.save(path)
+
 # %% ../nbs/31_widgets.ipynb #61906df9
 class Parts(widgets.VBox):
     "What a view holds"
@@ -415,6 +427,7 @@ class Parts(widgets.VBox):
     stops: list[Stop]        # of the threshold's slider
     whole: dict[str, torch.Tensor]  # level -> number of neurons in each node of the model
     edits: Mapping[Node, bool]      # what was done by hand
+    shown: Shown             # how it is bound, answered, drawn and saved
     quiet: bool              # whether the view itself is setting the controls
     prompt: widgets.Dropdown
     ablation: widgets.Dropdown
@@ -434,6 +447,7 @@ class Parts(widgets.VBox):
     held: widgets.HTML       # what ablated nodes hold
     counts: widgets.HTML     # how much is kept
     answers: widgets.HTML    # the table
+    drawn: widgets.HTML      # a picture, if there is one
     message: widgets.HTML    # what was saved or refused
 
 # %% ../nbs/31_widgets.ipynb #b403336c
@@ -447,11 +461,13 @@ class Explorer(Parts):
         pairs: Sequence[Pair],   # to choose from
         path: str,               # where to save the edited circuit, unless another path is typed
         reference: Task | None,  # that reference pairs are taken from
-        ablation: Ablation,      # to start with
+        ablations: dict[str, Ablation],  # that can be chosen, by name
+        first: str,              # name of the one to start with
+        shown: Shown = Shown(),  # how it is bound, answered, drawn and saved
     ) -> None:
         super().__init__()
         self.opened, self.circuit, self.model, self.pairs, self.reference = circuit, circuit, model, pairs, reference
-        self.ablations, self.first = possible(model, pairs[0], reference, ablation), name_of(ablation)
+        self.ablations, self.first, self.shown = ablations, first, shown
         self.stops, self.whole = thresholds(circuit), neurons_inside(full_circuit(circuit.sites), clickable(circuit))
         self.edits, self.quiet = dict[Node, bool](), False
         self.past, self.notes = [], read_notes(circuit)
@@ -493,7 +509,7 @@ def make_controls(
     make_beside(view)
     view.path = widgets.Text(value=path, description="save as")
     view.save_button, view.reset_button = (widgets.Button(description=text) for text in ("save", "as opened"))
-    view.counts, view.answers, view.held, view.message = (widgets.HTML() for _ in range(4))
+    view.counts, view.answers, view.held, view.message, view.drawn = (widgets.HTML() for _ in range(5))
 
 # %% ../nbs/31_widgets.ipynb #562c48ad
 def start_of(
@@ -542,7 +558,7 @@ def arranged(
     buttons = [view.preset, view.undo_button, view.reset_button, view.path, view.save_button, view.message]
     rows = [*view.most.values()], [grid, view.answers, beside(view)], buttons
     limits, middle, last = (widgets.HBox(row, layout=wrap) for row in rows)
-    return view.prompt, view.ablation, view.held, view.threshold, view.counts, limits, middle, last
+    return view.prompt, view.ablation, view.held, view.threshold, view.counts, limits, middle, last, view.drawn
 
 # %% ../nbs/31_widgets.ipynb #128003ae
 NOTES = "on_nodes"  # the name that a circuit's origin has for them
@@ -752,7 +768,7 @@ def ask(
     "Bind the chosen prompt to the model under the chosen ablation, and show"
     pair, ablation = view.pairs[view.prompt.value], view.ablations[view.ablation.value]
     output = "mlp_output" in view.opened.kept
-    view.examples = prepare(view.model, [pair], ablation=ablation, reference=view.reference, output=output)
+    view.examples = view.shown.bind(view.model, [pair], ablation=ablation, reference=view.reference, output=output)
     view.held.value = tagged("div", f"{INDENT};opacity:.8", held_html(pair, ablation))
     show(view)
 
@@ -831,16 +847,16 @@ def show(
             for name, value in look.items(): button.set_trait(name, value)
     if view.look.value is not None: look_at(view)
     view.counts.value = tagged("div", INDENT, f"{view.threshold.label}. Now {summary(view.circuit)}.")
-    view.answers.value = answer(view)
+    view.answers.value, view.drawn.value = answer(view), view.shown.draw(view.circuit)
 
 def answer(
     view: Explorer,  # any
 ) -> str:
     "The table of what the three answer, as HTML"
-    probabilities, examples = next_probabilities(view.circuit, view.examples), view.examples
+    probabilities, examples = next_probabilities(view.circuit, view.examples, view.shown.logits), view.examples
     kl = kl_divergence(examples.full, probabilities[1:2].log()).item()
     rows = answer_rows(probabilities, examples.batch, tokenizer_of(view.model))
-    return answers_html(rows, kl, titles(examples.ablation))
+    return answers_html(rows, kl, titles(view.ablations[view.ablation.value]))
 
 # %% ../nbs/31_widgets.ipynb #16180a09
 def reset(
@@ -856,7 +872,7 @@ def write(
     view: Explorer,  # any
 ) -> None:
     "Save the circuit at the path in the text field, and say so"
-    try: text = f"saved {view.circuit.save(view.path.value)}"
+    try: text = f"saved {view.shown.save(view.circuit, view.path.value)}"
     except InputError as e: text = f"not saved: {e}"
     say(view, text)
 
@@ -869,9 +885,20 @@ def frozen_html(
     pair, ablation = view.pairs[view.prompt.value], view.ablations[view.ablation.value]
     prompts = f'{html.escape(pair.clean)}<br>{tagged("span", "opacity:.7", held_html(pair, ablation))}'
     drawn = tagged("div", ROW, map_html(view.circuit) + tagged("div", "", answer(view)))
-    return tagged("div", "overflow-x:auto", f"<p>{prompts}</p><p>{summary(view.circuit)}</p>{drawn}")
+    return tagged("div", "overflow-x:auto", f"<p>{prompts}</p><p>{summary(view.circuit)}</p>{drawn}{view.drawn.value}")
 
 # %% ../nbs/31_widgets.ipynb #03426f23
+def pairs_of(
+    task: Any,  # Task, whose test pairs are taken; a Pair, or a list of Pairs
+) -> list[Pair]:
+    "The pairs to choose from; anything else is refused"
+    pairs = [task] if isinstance(task, Pair) else task.test if isinstance(task, Task) else task
+    pairs = list(pairs) if isinstance(pairs, (list, tuple)) else []
+    if not pairs or not all(isinstance(p, Pair) for p in pairs): raise InputError(
+        f"expected a Task, a Pair or a list of Pairs to take prompts from, got {type(task).__name__}")
+    return pairs
+
+# %% ../nbs/31_widgets.ipynb #375c42d1
 @checked
 def explore(
     circuit: CircuitFirst, # a circuit
@@ -886,9 +913,7 @@ def explore(
     See also `view`, which needs no kernel.
     >>> explorer = explore(circuit, model, task)"""
     check_model(circuit, host_of(model))
-    pairs = [task] if isinstance(task, Pair) else task.test if isinstance(task, Task) else task
-    pairs = list(pairs) if isinstance(pairs, (list, tuple)) else []
-    if not pairs or not all(isinstance(p, Pair) for p in pairs): raise InputError(
-        f"expected a Task, a Pair or a list of Pairs to take prompts from, got {type(task).__name__}")
-    reference = task if isinstance(task, Task) else None
-    return Explorer(circuit, model, pairs, str(path or "edited.json"), reference, ablation_of(circuit, ablation))
+    pairs, reference = pairs_of(task), task if isinstance(task, Task) else None
+    own = ablation_of(circuit, ablation)
+    choices = possible(model, pairs[0], reference, own)
+    return Explorer(circuit, model, pairs, str(path or "edited.json"), reference, choices, name_of(own))

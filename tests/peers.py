@@ -139,13 +139,12 @@ def measure(name):
 
 # --- here
 
-def installed(name, folder):
-    "The Python of the tool's environment, made if it is not there"
-    place = folder / name
+def environment(place, packages):
+    "The Python of an environment with these packages, made if it is not there"
     python = place / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     if (place / "done").exists(): return python
     venv.create(place, with_pip=True, clear=True)
-    command = [python, "-m", "pip", "install", "--quiet", TORCH, *PEERS[name]]
+    command = [python, "-m", "pip", "install", "--quiet", *packages]
     subprocess.run(command, check=True, timeout=SECONDS, capture_output=True)
     (place / "done").touch()
     return python
@@ -154,7 +153,7 @@ def installed(name, folder):
 def results(names, folder):
     "What each tool takes, one job after another; why it was not run, if it was not"
     for name in names:
-        try: python = installed(name, Path(folder).absolute())
+        try: python = environment(Path(folder).absolute() / name, [TORCH, *PEERS[name]])
         except subprocess.SubprocessError as e:
             yield dict(tool=name, what=f"not run: its installation failed, {type(e).__name__}")
             continue

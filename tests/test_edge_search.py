@@ -9,8 +9,8 @@ from mgprune import edges, tasks
 from mgprune.arguments import InputError
 from mgprune.circuit import from_kept, full_circuit
 from mgprune.edge_controls import scrubbed
-from mgprune.edge_pass import edge_logits, prepare_edges, wired_logits
-from mgprune.edge_search import (budget_of, closing_slopes, irreducible, neuron_slopes, thinned, true_edges, whole_nodes, with_gates)
+from mgprune.edge_pass import edge_logits, prepare_edges
+from mgprune.edge_search import (budget_of, closing_slopes, gated, irreducible, thinned, true_edges, whole_nodes)
 from mgprune.evaluation import bound
 from mgprune.graph import Graph
 from mgprune.models import frozen
@@ -76,19 +76,32 @@ def test_a_graph_of_fewer_neurons_is_computed_saved_and_applied_with_these(plant
     assert torch.allclose(answers, edge_logits(thin.circuit, model, task, thin.kept.float()), atol=1e-3)
 
 
-def test_slopes_of_neurons_are_those_of_closing_them_a_little(planted):
+def test_slopes_of_edges_neurons_and_nodes_are_those_of_closing_them_a_little(planted):
     model, circuit = planted.model, whole_nodes(circuit_of(planted, "greater_than"))
     examples = prepare_edges(circuit, model, tasks.greater_than(model, n=(8, 8, 8)), "train", 4)
     graph = Graph(edges_among(Wiring(circuit.sites), circuit), circuit)
-    wires = graph.wires(model)
-    own = graph.kept[wires.readers][:, wires.writers].float()
-    slopes = neuron_slopes(wires, own, examples, steps=1)  # in the middle
-    def loss(gates):
-        with torch.no_grad(), frozen(model):
-            return kl_divergence(examples.full.double(), wired_logits(with_gates(wires, gates), examples, own).double()).mean()
-    for i in slopes.abs().argsort(descending=True)[:3].tolist():
-        step = torch.zeros(len(slopes)).index_fill(0, torch.tensor([i]), .05)
-        assert abs((loss(.5 + step) - loss(.5 - step)) / .1 - slopes[i]) < .02 * slopes[i].abs() + 1e-3
+    gates = gated(graph, graph.wires(model), 3.)
+    n = len(graph), len(gates.holder), len(gates.wires.writers) - 1
+    def loss(open):
+        with frozen(model): return kl_divergence(examples.full.double(), gates.answers(examples, open).double()).mean()
+    for f, allowed in ((loss, .02), (gates.cost, 1e-3)):
+        middle = torch.full((sum(n),), .5).requires_grad_()
+        with torch.enable_grad(): slopes, = torch.autograd.grad(f(middle), middle)
+        for first, kind in zip((0, n[0], n[0] + n[1]), slopes.split(n)):
+            i = int(kind.abs().argmax())
+            step = torch.zeros(sum(n)).index_fill(0, torch.tensor([first + i]), .05)
+            with torch.no_grad(): rise = (f(middle + step) - f(middle - step)) / .1
+            assert abs(rise - kind[i]) < allowed * kind[i].abs() + 1e-3
+
+
+def test_one_search_of_the_whole_model_finds_planted_nodes_and_edges(planted):
+    model, task = planted.model, tasks.greater_than(planted.model, n=(16, 64, 8))
+    circuit = circuit_of(planted, "greater_than")
+    true = true_edges(whole_nodes(circuit), prepare_edges(circuit, model, task, "train", 16))
+    found = thinned(None, model, task, kl=.1, recipe=Recipe(steps=20))
+    assert torch.equal(found.kept, true) and found.provenance.metrics["valid_kl_bound"] <= .1
+    assert found.circuit.heads() == circuit.heads() and found.circuit.mlps() == circuit.mlps()
+    assert found.circuit.n_neurons() <= circuit.n_neurons()
 
 
 def test_a_file_says_all_of_a_search(planted, tmp_path):

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from mgprune.circuit import Circuit, from_kept, from_scores
+from mgprune.graph import Graph, by_head
 from mgprune.models import load_model
 from mgprune.sites import Sites, find_sites
 from mgprune.tree import FINEST, LEVELS, NEURONS, TREE, level_shapes, lowest
+from mgprune.wiring import Wiring, edges_among
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -163,3 +165,32 @@ def test_a_large_circuit_answers_at_once(opened, width):
     if SHOTS: page.screenshot(path=Path(SHOTS) / f"view_large_{width}.png", full_page=True)
     assert seconds < 2  # milliseconds on an idle machine
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_the_graph_is_shown_by_layer_and_a_click_singles_out_a_node(opened):
+    sites = find_sites(load_model())
+    circuit, wiring = circuit_of(sites, ("head", "mlp")), Wiring(sites)
+    among = edges_among(wiring, circuit)
+    graph = Graph(among, circuit, torch.rand(among.shape, generator=torch.Generator().manual_seed(0)))
+    page = opened(graph)
+    def seen(): return page.locator("#graph [data-from]").evaluate_all("lines => lines.filter(l => !l.classList.contains('gone')).map(l => [l.dataset.from, l.dataset.to])")
+    def clear(): return page.locator("#graph [data-from]:not(.faded):not(.gone)").evaluate_all("lines => lines.map(l => [l.dataset.from, l.dataset.to])")
+    wanted = sorted([writer, node] for writer, node, *_ in by_head(graph))
+    assert sorted(seen()) == wanted and len(wanted) > 20
+    heights = page.locator("#graph [data-node]").evaluate_all("boxes => boxes.map(b => [b.dataset.node, b.getBoundingClientRect().y])")
+    assert [y for _, y in heights] == sorted((y for _, y in heights), reverse=True) and heights[0][0] == "input" and heights[-1][0] == "logits"
+    name = next(name for name in graph.writers() if name.startswith("m"))
+    page.locator(f'#graph [data-node="{name}"]').click()
+    assert sorted(clear()) == sorted(edge for edge in wanted if name in edge)
+    assert page.locator("#graph p").inner_text().startswith(f"MLP {name[1:]} reads:")
+    page.locator(f'#graph [data-node="{name}"]').press("Enter")
+    page.locator("#graph input").evaluate("(slider) => { slider.value = 5; slider.dispatchEvent(new Event('input')); }")
+    assert seen() == [[writer, node] for writer, node, *_ in [*by_head(graph)][:5]] and "5 edges" in page.locator("#graph p").inner_text()
+    slide(page, 0)
+    assert not seen() or all(edge == ["input", "logits"] for edge in seen())
+    if SHOTS: page.screenshot(path=Path(SHOTS) / "graph.png", full_page=True)
+
+
+def test_a_page_without_a_graph_shows_none(opened):
+    page = opened(circuit_of(find_sites(load_model()), ("head", "mlp")))
+    assert not page.locator("#graph").is_visible()
