@@ -316,6 +316,34 @@ def label(
     if level == "block": return f"layer {layer}"
     return str(place[-1]) if place else TREE[level].spoken
 
+# %% ../nbs/31_widgets.ipynb #38362558
+def neurons_inside(
+    circuit: Circuit,       # any
+    levels: Sequence[str],  # names of levels
+) -> dict[str, torch.Tensor]:
+    "Level -> number of kept neurons in each of its nodes, [layers, ...]"
+    sites, shapes = circuit.sites, level_shapes(circuit.sites, levels)
+    def inside(level: str, finest: str) -> torch.Tensor:
+        holder, kept = holders(level, finest, sites).flatten(), circuit.kept[finest].flatten()
+        return holder[kept].bincount(minlength=math.prod(shapes[level])).view(shapes[level])
+    return {level: torch.stack([inside(level, l) for l in held_by(level) if l in NEURONS]).sum(0) for level in shapes}
+
+def named(
+    node: Node,  # any
+) -> str:
+    "What a node is called in a sentence"
+    level, layer, *place = node
+    return f"layer {layer}" + ("" if level == "block" else f", {' '.join(map(str, (TREE[level].spoken, *place)))}")
+
+def told(
+    node: Node,                         # any
+    kept: Mapping[str, torch.Tensor],   # from neurons_inside, of the circuit
+    whole: Mapping[str, torch.Tensor],  # the same of the full model
+) -> str:
+    "How many neurons of a node are kept, for its tooltip"
+    level = node[0]
+    return f"{named(node)}: {kept[level][node[1:]]:,} of {whole[level][node[1:]]:,} neurons"
+
 # %% ../nbs/31_widgets.ipynb #5d786c43
 BOX = "padding:0 5px;text-align:center;border:1px solid rgba(128,128,128,.5)"
 CLOSED = "color:inherit"
@@ -802,34 +830,6 @@ def click(
     view.look.value = node
     view.edits = toggled(view.opened, view.choice, node, opened).edits
     show(view)
-
-# %% ../nbs/31_widgets.ipynb #38362558
-def neurons_inside(
-    circuit: Circuit,       # any
-    levels: Sequence[str],  # names of levels
-) -> dict[str, torch.Tensor]:
-    "Level -> number of kept neurons in each of its nodes, [layers, ...]"
-    sites, shapes = circuit.sites, level_shapes(circuit.sites, levels)
-    def inside(level: str, finest: str) -> torch.Tensor:
-        holder, kept = holders(level, finest, sites).flatten(), circuit.kept[finest].flatten()
-        return holder[kept].bincount(minlength=math.prod(shapes[level])).view(shapes[level])
-    return {level: torch.stack([inside(level, l) for l in held_by(level) if l in NEURONS]).sum(0) for level in shapes}
-
-def named(
-    node: Node,  # any
-) -> str:
-    "What a node is called in a sentence"
-    level, layer, *place = node
-    return f"layer {layer}" + ("" if level == "block" else f", {' '.join(map(str, (TREE[level].spoken, *place)))}")
-
-def told(
-    node: Node,                         # any
-    kept: Mapping[str, torch.Tensor],   # from neurons_inside, of the circuit
-    whole: Mapping[str, torch.Tensor],  # the same of the full model
-) -> str:
-    "How many neurons of a node are kept, for its tooltip"
-    level = node[0]
-    return f"{named(node)}: {kept[level][node[1:]]:,} of {whole[level][node[1:]]:,} neurons"
 
 # %% ../nbs/31_widgets.ipynb #d568a188
 def show(
