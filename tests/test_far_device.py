@@ -8,7 +8,8 @@ from far_device import far_device, is_far, moved
 from families import Pairs, holds, pairs, short_search, tiny
 from mgprune import discover, evaluate
 from mgprune.attribution import activation_difference, attribute
-from mgprune.circuit import from_scores
+from mgprune.circuit import from_kept, from_scores, full_circuit
+from mgprune.edge_pass import edge_logits, edge_scores
 from mgprune.edge_search import edges
 from mgprune.necessity import necessity
 from mgprune.passes import open_at
@@ -137,7 +138,15 @@ def test_what_is_done_with_a_circuit(models):
 
 
 def test_edges(models):
-    on_both(models, lambda model: edges(None, model, Pairs(), kl="30%", recipe=replace(QUICK, steps=3)).kept)
+    circuit, few = circuit_of(models[0]), {level: of.clone() for level, of in full_circuit(find_sites(models[0])).kept.items()}
+    few["head"][:, 1:] = False
+    few = from_kept(few, find_sites(models[0]))  # a search closes one edge after another
+    def run(model):
+        slopes = edge_scores(circuit, model, pairs(), 1)
+        drawn = torch.rand(slopes.shape, generator=torch.Generator().manual_seed(3)).to(slopes.device)
+        graph = edges(few, model, Pairs(), recipe=replace(QUICK, steps=3))
+        return dict(slopes=slopes, logits=edge_logits(circuit, model, pairs(), drawn), kept=graph.kept, scores=graph.scores)
+    assert on_both(models, run)["slopes"].any()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
