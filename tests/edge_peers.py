@@ -10,6 +10,7 @@ need are closed one by one. Seconds are those of a CPU thread, for the ranking a
 """
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -194,7 +195,7 @@ def rankings(names, folder, job):
             yield dict(tool=name, how=f"not run: its installation failed within {SECONDS} s, {type(e).__name__}")
             continue
         command = [python, "-W", "ignore", __file__, "--measure", name, "--job", job]
-        ended = subprocess.run(command, capture_output=True, text=True)
+        ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(MPLBACKEND="agg"))  # not a notebook's
         yield from (json.loads(line) for line in ended.stdout.splitlines() if line.startswith('{"tool"'))
         said = ended.stderr.strip().splitlines() or ["no message"]
         if ended.returncode: yield dict(tool=name, how=f"ended early: {said[-1]}")

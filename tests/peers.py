@@ -11,6 +11,7 @@ it is worth.
 import argparse
 import copy
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -157,7 +158,7 @@ def results(names, folder):
         except subprocess.SubprocessError as e:
             yield dict(tool=name, what=f"not run: its installation failed, {type(e).__name__}")
             continue
-        ended = subprocess.run([python, "-W", "ignore", __file__, "--measure", name], capture_output=True, text=True)
+        ended = subprocess.run([python, "-W", "ignore", __file__, "--measure", name], capture_output=True, text=True, env=os.environ | dict(MPLBACKEND="agg"))  # not a notebook's
         yield from (json.loads(line) for line in ended.stdout.splitlines() if line.startswith('{"tool"'))
         said = ended.stderr.strip().splitlines() or ["no message"]
         if ended.returncode: yield dict(tool=name, what=f"ended early: {said[-1]}")
