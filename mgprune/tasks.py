@@ -278,13 +278,14 @@ def _check_reading(name: str, pairs: Iterable[Pair], tokenizer: PreTrainedTokeni
 
 # %% ../nbs/10_tasks.ipynb #129349b2
 def _pool_for(tokenizer: PreTrainedTokenizerBase, words: Mapping[str, Iterable[str]],
-              needs: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+              needs: Mapping[str, int], apart: Mapping[str, int] = {}) -> dict[str, tuple[str, ...]]:
     "The word pool with lists of the caller's own; refuses one that has fewer words than are needed"
     pool = {**word_pool(tokenizer), **{name: known_words(own, tokenizer) for name, own in words.items()}}
     needs = {**dict.fromkeys(words, 1), **needs}
-    unknown = [name for name in needs if name not in pool]
-    if unknown: raise InputError(
-        f"needs={shown(dict(needs))}: there is no list {shown(unknown[0])} in the pool; expected {', '.join(pool)}")
+    for option, lists in dict(needs=needs, apart=apart).items():
+        unknown = [name for name in lists if name not in pool]
+        if unknown: raise InputError(
+            f"{option}={shown(dict(lists))}: there is no list {shown(unknown[0])} in the pool; expected {', '.join(pool)}")
     short = [f"fewer than {least} of the words for {name}" for name, least in needs.items() if len(pool[name]) < least]
     if short: raise InputError(
         f"{', '.join(short)} are one token in this tokenizer: use other words, or tasks.from_pairs with prompts of your own")
@@ -329,7 +330,7 @@ def templated(
     See also `from_pairs`, `Drawn`."""
     change = corruption_named(corruption, CORRUPTIONS) if isinstance(corruption, str) else corruption
     tokenizer, seed = tokenizer_of(model), index(seed)
-    pool, shares = _pool_for(tokenizer, words, needs), _templates_of(name, templates, hold_out, seed)
+    pool, shares = _pool_for(tokenizer, words, needs, apart), _templates_of(name, templates, hold_out, seed)
     makes = [_drawer(name, own, draw, change) for own in shares]
     sizes, exact = SIZES if n is None else tuple(map(int, n)), n is not None
     if asked is not None and len(asked) < len(SPLITS): raise InputError(

@@ -299,7 +299,7 @@ def test_letters_in_a_row_may_be_meant(model):
     *((dict(templates=[bad]), r"the template .* cannot be filled with the slots \['name'\]: expected their names in braces")
       for bad in ("{nam} met", "{} met", "{0} met", "{name met", "name} met", "{name.first} met", "{name!x} met", "{name[first]} met", "{name:d} met")),
     (dict(words=dict(people=["Annabel"])), "fewer than 1 of the words for people"), (dict(words=["Mary"]), "expected lists of words by name"),
-    (dict(needs=dict(female=1000)), "fewer than 1000 of the words for female"), (dict(needs=dict(people=1)), "no list 'people' in the pool; expected female"),
+    (dict(needs=dict(female=1000)), "fewer than 1000 of the words for female"), (dict(needs=dict(people=1)), "no list 'people' in the pool; expected female"), (dict(apart=dict(people=1)), "apart=.*no list 'people' in the pool"),
     (dict(needs=dict(female=0)), "expected numbers of at least 1"), (dict(asked=["a", "b"]), "asked=.*: expected at least 3"),
 ])
 def test_templates_that_do_not_fit_are_refused(model, change, message):
