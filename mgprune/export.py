@@ -26,7 +26,7 @@ from .ablations import ABLATIONS, Ablation, Held, ablation_named, mean, name_of,
 from .arguments import InputError, as_path, checked, printable
 from .checks import short_pairs
 from .circuit import Circuit, check_model, load
-from .files import check_folder, in_code, in_markdown, write_file, write_folder
+from .files import check_folder, in_code, in_markdown, write_file, write_folder, written_as
 from .hooks import Host, host_of
 from .models import EMBEDDED, Model, frozen, weight_of
 from .pairs import Batch, check_batch
@@ -277,11 +277,7 @@ def write(
     See also `Circuit.save`, which keeps everything.
     >>> write(circuit, "ioi.csv").name
     'ioi.csv'"""
-    path = as_path(path)
-    ending = next((e for e in WRITERS if path.name.endswith(e)), None)
-    if not ending: raise InputError(
-        f"{path.name!r} has none of the endings {', '.join(WRITERS)}. To load the circuit again, use circuit.save")
-    return write_file(path, WRITERS[ending](circuit).encode())
+    return written_as(circuit, path, WRITERS, "To load the circuit again, use circuit.save")
 
 # %% ../nbs/32_export.ipynb #0dedeef1
 def refused(

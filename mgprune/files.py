@@ -90,6 +90,20 @@ def write_file(
     with _writing(path), _staged({path: content}) as put: put()
     return as_path(path)
 
+# %% ../nbs/01_files.ipynb #d371c17d
+def written_as(
+    value: Any,            # to write
+    path: str | Path,      # of the file
+    writers: Mapping[str, Callable[[Any], str | bytes]],  # ending of a name -> what says the content
+    instead: str = "",     # what to do where the name has another ending
+) -> Path:
+    "Write a value as what the name of the file says, and return its path"
+    path = as_path(path)
+    ending = next((e for e in writers if path.name.endswith(e)), None)
+    if not ending: raise InputError(f"{path.name!r} has none of the endings {', '.join(writers)}. {instead}".rstrip(". ") + ".")
+    content = writers[ending](value)
+    return write_file(path, content if isinstance(content, bytes) else content.encode())
+
 # %% ../nbs/01_files.ipynb #20922f84
 @checked
 def check_place(

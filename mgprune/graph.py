@@ -23,13 +23,13 @@ from safetensors.torch import load as load_arrays, save as save_arrays
 
 from .ablations import corrupt
 from .applied import counted_as_applied, recorded_prompts
-from .arguments import Count, InputError, as_path, checked, expect, printable, shown
+from .arguments import Count, InputError, checked, expect, printable, shown
 from .circuit import (Circuit, Provenance, as_text, check_consistent, check_model, check_provenance, check_same_shape,
                              intersection, json_path, needed, provenance_of, readable, sites_of, tensors_of, union)
 from .edge_pass import Streams, logits_with, prepare_edges, wired, wires_of
 from .evaluation import measures
 from .export import mib, view
-from .files import digest, write_file
+from .files import digest, write_file, written_as
 from .hooks import host_of
 from .models import Model, frozen
 from .plots import COLOURS, Picture
@@ -585,11 +585,7 @@ def write(
     path: str | Path,  # of the file
 ) -> Path:
     "Write the graph as what the name of the file says, and return its path"
-    path = as_path(path)
-    ending = next((e for e in WRITERS if path.name.endswith(e)), None)
-    if not ending: raise InputError(
-        f"{path.name!r} has none of the endings {', '.join(WRITERS)}. To load the graph again, use graph.save")
-    return write_file(path, WRITERS[ending](graph).encode())
+    return written_as(graph, path, WRITERS, "To load the graph again, use graph.save")
 
 # %% ../nbs/45_graph.ipynb #1de7eff5
 def within(

@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 
 from .ablations import ABLATIONS
 from .agreement import under_ablations
-from .arguments import Count, InputError, Seed, as_path, at_least, checked
+from .arguments import Count, Seed, at_least, checked
 from .circuit import CircuitFirst
 from .controls import Controls, controls
 from .curves import Curve, mib_curve
-from .files import write_file
+from .files import written_as
 from .hypotheses import Hypotheses, hypotheses
 from .models import Model, tokenizer_of
 from .necessity import Necessity, necessity
@@ -348,17 +348,15 @@ def in_json(
         incompleteness=report.necessity.incompleteness, ablations_agree=bool(report.ablations.attrs["agree"]),
         not_measured=report.controls.not_measured, pairs=plain(report.worth.pairs)), indent=1)
 
-WRITERS = {".md": lambda r: in_markdown(r).encode(), ".html": lambda r: in_html(r).encode(),
-           ".json": lambda r: in_json(r).encode(), ".png": lambda r: as_png(page(r), dpi=150)}
+WRITERS = {".md": in_markdown, ".html": in_html,
+           ".json": in_json, ".png": lambda r: as_png(page(r), dpi=150)}
 
 def written(
     report: Report,    # any
     path: str | Path,  # of the file
 ) -> Path:
     "Write the report as what the name of the file says, and return its path"
-    path = as_path(path)
-    if path.suffix not in WRITERS: raise InputError(f"{path.name!r} has none of the endings {', '.join(WRITERS)}")
-    return write_file(path, WRITERS[path.suffix](report))
+    return written_as(report, path, WRITERS)
 
 # %% ../nbs/42_report.ipynb #587a0dc9
 def with_verdicts(
