@@ -293,6 +293,7 @@ def blended(
     mask: torch.Tensor,  # [width], or one for each example, [examples, 1, width]
     held: Again,         # says what it holds where it is closed: [examples, positions, width], or [1, 1, width]
     added: bool = False, # give what the mask lets through of the difference, rather than the held value and that
+    again: bool = True,  # do not keep for the way back what can be had again
 ) -> torch.Tensor:
     "The clean value where the mask is 1, the held one where it is 0, to the bit"
     device, dtype = x.device, x.dtype  # rather than x, which would be kept with the function
@@ -300,8 +301,8 @@ def blended(
     mask, now = mask.to(x), there()
     clean = alike(x, now)
     if not (torch.is_grad_enabled() and mask.requires_grad): return between(now, clean, mask, added)
-    again, parts = made_of(x)
-    return Mixed.apply(now, clean, mask, added, there, again, *parts)
+    make, parts = made_of(x) if again else ((lambda same: same), (x,))
+    return Mixed.apply(now, clean, mask, added, there, make, *parts)
 
 Values = Callable[[], tuple[Again, torch.Tensor]]  # what the open places hold, and what the projection writes of all
 
@@ -310,13 +311,14 @@ def written_from(
     places: torch.Tensor,  # numbers of its inputs that are computed
     mask: torch.Tensor,    # [places], or one for each example, [examples, 1, places]
     values: Values,        # of the prompts under way
+    again: bool = True,    # do not keep for the way back what can be had again
 ) -> Swap:
     "The projection adds what open nodes change to what closed ones write"
     weight = module.weight
     times = by(module, lambda: part_of(module, 1, places))
     def forward(x: torch.Tensor) -> torch.Tensor:
         x, (held, constant) = x.to(weight.device), values()
-        return times(blended(x, mask, held, added=True), None).add_(constant.to(x)).reshape(*x.shape[:-1], -1)
+        return times(blended(x, mask, held, True, again), None).add_(constant.to(x)).reshape(*x.shape[:-1], -1)
     return vars(module), "forward", forward
 
 # %% ../nbs/14_compact.ipynb #1797d1f3

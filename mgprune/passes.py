@@ -7,12 +7,13 @@ __all__ = ['Recording']
 
 # %% ../nbs/15_passes.ipynb #1921df25
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import psutil
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from .arguments import InputError
 from .compact import LAYOUTS, Swap, blended, places_of, product, readers_at, swapped, with_only, written_from
@@ -199,6 +200,7 @@ def compacted(
     nodes: torch.Tensor,  # from open_nodes
     mask: torch.Tensor,   # [width], or one for each example, [examples, 1, width]
     held: Callable[[], Recording],  # of the prompts that are run
+    again: bool = True,   # do not keep for the way back what can be had again
 ) -> list[Swap]:
     "What has to change so that the site is computed from these nodes alone"
     places = places_of(host, site, nodes)
@@ -209,7 +211,30 @@ def compacted(
             return x.index_select(-1, places.to(x.device))
         return there, after(host, site, i, recording)
     projection = host.module(getattr(host.sites, site)[i])
-    return [*with_only(host, site, i, nodes), written_from(projection, places, mask.index_select(-1, places), values)]
+    return [*with_only(host, site, i, nodes), written_from(projection, places, mask.index_select(-1, places), values, again)]
+
+# %% ../nbs/15_passes.ipynb #583a2766
+@contextmanager
+def in_place(
+    hooks: list[Hook],  # to place
+    swaps: list[Swap],  # to make
+) -> Generator[None]:
+    "Within the context both are there"
+    with placed(hooks), swapped(swaps): yield
+
+def checkpointed(
+    host: Host,         # model with its sites
+    hooks: list[Hook],  # that a block runs with
+    swaps: list[Swap],  # the same
+) -> list[Swap]:
+    "What has to change so that each block keeps what it reads, and computes the rest again on the way back"
+    def twice() -> tuple[AbstractContextManager[None], ...]: return nullcontext(), in_place(hooks, swaps)
+    def swap(block: torch.nn.Module) -> Swap:
+        run = block.forward
+        def forward(*given: Any, **named: Any) -> Any:
+            return checkpoint(run, *given, use_reentrant=False, preserve_rng_state=False, context_fn=twice, **named)
+        return vars(block), "forward", forward
+    return [swap(host.module(name)) for name in host.sites.layers]
 
 # %% ../nbs/15_passes.ipynb #475878bd
 @contextmanager
@@ -218,6 +243,7 @@ def interpolated(
     masks: SiteMasks,  # each [layers, width of the site] or, one for each example, [examples, layers, width of the site]
     held: Recording | Callable[[], Recording],  # what ablated nodes hold for the prompts that are run; or a function that says it
     only: Open = {},   # nodes that alone are computed, where a site is named here; the others there count as closed
+    checkpointing: bool = False,  # blocks compute their values again on the way back
 ) -> Generator[torch.nn.Module]:
     "Within the context, every forward pass on the clean prompts is that of the masked model"
     sites = host.sites
@@ -226,16 +252,17 @@ def interpolated(
         def f(x):
             recording = now()
             if isinstance(x, Routed): return mix_experts(host, i, recording.mlp[i], mask, x)
-            return blended(x, mask, lambda: getattr(recording, site)[i]).reshape(x.shape)
+            return blended(x, mask, lambda: getattr(recording, site)[i], again=not checkpointing).reshape(x.shape)
         return at_site(host, site, i, f)
-    found, swaps = once_at_a_time(host.model), []
+    found, swaps = [], []
     for site, mask in masks._asdict().items():
         for i in range(sites.n_layers if mask is not None else 0):
             m = mask[i] if mask.dim() == 2 else mask[:, i, None]
             if site == "mlp" and sites.dense: m = m[..., :layer_width(sites, i)]
-            if (site, i) in only: swaps += compacted(host, site, i, only[site, i], m, now)
+            if (site, i) in only: swaps += compacted(host, site, i, only[site, i], m, now, not checkpointing)
             else: found += masked(site, m, i)
-    with claimed(host.model), placed(found), swapped(swaps): yield host.model
+    blocks = checkpointed(host, found, swaps) if checkpointing else []
+    with claimed(host.model), in_place(once_at_a_time(host.model) + found, swaps + blocks): yield host.model
 
 def circuit_logits(
     host: Host,        # model with its sites
@@ -243,9 +270,10 @@ def circuit_logits(
     masks: SiteMasks,  # shared or one for each example
     held: Recording,   # what ablated nodes hold for the pairs of `batch`
     only: Open = {},   # nodes that alone are computed, where a site is named here; the others there count as closed
+    checkpointing: bool = False,  # blocks compute their values again on the way back
 ) -> torch.Tensor:
     "Answer logits of the masked model on the clean prompts, [examples, vocabulary]"
-    with interpolated(host, masks, held, only): return answer_logits(host.model, batch.clean, batch.attention_mask)
+    with interpolated(host, masks, held, only, checkpointing): return answer_logits(host.model, batch.clean, batch.attention_mask)
 
 # %% ../nbs/15_passes.ipynb #c7ccf82e
 def uniform_masks(
@@ -297,12 +325,15 @@ def example_bytes(
 def step_bytes(
     host: Host,    # model with its sites
     batch: Batch,  # pairs
+    checkpointing: bool = False,  # blocks compute their values again on the way back
 ) -> int:
-    "The same on its way back too, for which all layers' values are kept: an estimate from above"
+    "The same on its way back too, for which all layers' values are kept, or what they read: an estimate from above"
     config, length, layers = host.model.config.get_text_config(), batch.clean.shape[1], host.sites.n_layers
     pattern = 3 * layers * config.num_attention_heads * length ** 2 * max(host.model.dtype.itemsize, 4)
     eager = getattr(config, "_attn_implementation", "eager") == "eager"  # fused attention keeps no weights
-    return 6 * recording_bytes(host, batch[:1]) + eager * pattern + 24 * config.vocab_size
+    size, blocks = host.model.dtype.itemsize, 6 * recording_bytes(host, batch[:1]) + eager * pattern
+    if checkpointing: blocks = blocks // layers + (layers * length * host.sites.width + 6 * config.vocab_size) * size
+    return blocks + 24 * config.vocab_size
 
 def fitting_size(
     host: Host,      # model with its sites

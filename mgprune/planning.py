@@ -9,6 +9,7 @@ __all__ = ['plan']
 import time, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ def tried(
     recipe = replace(asked.recipe, batch_size=len(examples))
     search = Search(examples, asked.goal, asked.levels, recipe, asked.gate)
     if share is None: return search
-    search.steps = recipe.steps - 1
+    search.steps = (recipe.steps - 1) // search.period * search.period
     search.smallest = search.largest = torch.full_like(search.smallest, log_odds(share))
     draw = torch.Generator().manual_seed(0)
     def drawn(level, shape):  # layers and MLPs are seldom shut as a whole
@@ -124,9 +125,16 @@ def step_memory(
     asked: Asked,        # of the search
 ) -> int:
     "Bytes that they keep for their way back while all nodes are open"
-    def of(n):
-        search, held = tried(examples[:n], asked, None), examples.held
-        return kept_for_return(examples.host, lambda: slopes(search, next_size(search)), *([held.recording] if held else []))
+    host, held, again = examples.host, examples.held, asked.recipe.gradient_checkpointing
+    def kept(n: int, asked: Asked) -> int:
+        search = tried(examples[:n], asked, None)
+        return kept_for_return(host, lambda: slopes(search, next_size(search)), *([held.recording] if held else []))
+    def of(n: int) -> int:
+        whole = kept(n, replace(asked, recipe=replace(asked.recipe, gradient_checkpointing=False)))
+        if not again: return whole
+        outside, layers = kept(n, asked), host.sites.n_layers  # of blocks, which keep what they read and are had again one by one
+        read = layers * examples.batch.clean[:n].numel() * host.sites.width * host.model.dtype.itemsize
+        return outside + (whole - outside) // layers + read
     one, both = of(1), of(len(examples))
     return one + (both - one) * (pairs - 1) // max(1, len(examples) - 1)
 
@@ -187,6 +195,9 @@ def step_seconds(
     "Seconds that a step takes on average"
     def of(share):
         search = tried(some[:pairs], asked, share)
+        if search.period > 1:  # the next steps do not look at what is shut
+            slopes(search, next_size(search))
+            search.steps += 1
         return min(clock(lambda: slopes(search, next_size(search))[1]) for _ in range(2)) * max(1, pairs / len(some))
     whole = of(None)
     return FIRST * whole + (1 - FIRST) * of(USUAL) if compacts(asked) else whole
@@ -232,7 +243,8 @@ def planned(
     few, size = few_of(reference, train, ablation), fitting_size(host, train)
     pairs = min(recipe.batch_size, len(train))
     def bound(): return bind(host, train[:size], ablation, few, output, limit if kept["train"] else 0)
-    some, at_once = bound(), fitting_size(host, train, pairs, step_bytes)  # bound for the first time, which is slow
+    bytes_of_one = partial(step_bytes, checkpointing=recipe.gradient_checkpointing)
+    some, at_once = bound(), fitting_size(host, train, pairs, bytes_of_one)  # bound for the first time, which is slow
     held = some.held or hold(host, some.batch, ablation, few, output)
     def answers(part): return 4 * len(part) * some.full.shape[1]  # in single precision
     def of(split):
@@ -288,7 +300,8 @@ def is_large(
     "Whether a search may take much besides the weights: an estimate from above"
     train = task.batch("train")[:recipe.pairs]
     answers = 8 * len(train) * host.model.config.get_text_config().vocab_size
-    return recipe.batch_size * step_bytes(host, train) + recording_bytes(host, train, after=True) + answers > LARGE
+    step = recipe.batch_size * step_bytes(host, train, recipe.gradient_checkpointing)
+    return step + recording_bytes(host, train, after=True) + answers > LARGE
 
 def check_plan(
     plan: Plan,      # of a search
@@ -301,7 +314,7 @@ def check_plan(
     says = dict(
         recorded=f"what ablated nodes hold for the training pairs: a smaller Recipe(pairs={recipe.pairs})",
         answers=f"the answers to the training pairs: a smaller Recipe(pairs={recipe.pairs})",
-        step=f"a step of {plan.at_once} pairs: a smaller Recipe(batch_size={recipe.batch_size})",
+        step=f"a step of {plan.at_once} pairs: Recipe(gradient_checkpointing=True), or a smaller Recipe(batch_size={recipe.batch_size}),",
         passes="the passes before the search: shorter prompts", held_out="the held-out pairs: fewer of them")[most]
     warnings.warn(f"the search takes {in_words(more)} besides the {in_words(plan.weights)} of the model, most of it, "
                   f"{in_words(getattr(plan, most))}, for {says} takes less")

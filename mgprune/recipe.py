@@ -121,6 +121,7 @@ class Recipe:
     averaging: Share = 0.05       # weight of the last step in the running average of the scores that ranks the nodes
     confidence: Inside | None = 0.95  # that a divergence holds on other pairs, and other words where held out; None: not asked
     trim: bool = True             # close what the divergence asked for does not need, and measure what the rest is needed for
+    gradient_checkpointing: bool = False  # blocks compute their values again on the way back: less memory, more time
     every: Count = 10             # steps between two updates of the progress bar
 
     def __post_init__(self) -> None: check_fields(self)

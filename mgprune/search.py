@@ -9,6 +9,7 @@ __all__ = []
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,7 +174,8 @@ class Search(Sizes):
         self.only: Open = {}                      # what alone is computed
         self.period = 1 if device.type == "cpu" else SELDOM  # steps between two looks at what is shut
         self.recorded: dict[str, Replayed | None] | None = {} if can_record(examples) else None  # what a GPU repeats, if it can
-        self.at_once = fitting_size(examples.host, examples.batch, recipe.batch_size, step_bytes)  # that go there and back
+        one = partial(step_bytes, checkpointing=recipe.gradient_checkpointing)
+        self.at_once = fitting_size(examples.host, examples.batch, recipe.batch_size, one)  # that go there and back
         self.place = torch.rand(1, generator=self.noise, device=device).item()     # of the next size between them, from 0 to 1
 
     @property
@@ -296,7 +298,8 @@ def to_gates(
         rows = slice(start, start + search.at_once)
         part = examples if len(examples) <= search.at_once else examples[rows]
         masks = masks_of(search.ways, gates if gates.dim() == 1 else gates[rows], search.counted)
-        mean = divergence(part.full, one_pass(part, masks, search.only), part.batch, search.goal.over).sum() / total
+        said = one_pass(part, masks, search.only, search.recipe.gradient_checkpointing)
+        mean = divergence(part.full, said, part.batch, search.goal.over).sum() / total
         slope += torch.autograd.grad(mean, gates)[0]
         kl += mean.detach()
     return kl, slope

@@ -84,9 +84,11 @@ def one_pass(
     examples: Examples,  # pairs on a model, which the caller holds frozen
     masks: SiteMasks,    # shared by all examples or one for each
     only: Open = {},     # nodes that alone are computed, from open_at
+    checkpointing: bool = False,  # blocks compute their values again on the way back
 ) -> torch.Tensor:
     "Answer logits of the masked model from one forward pass, [examples, vocabulary]"
-    return circuit_logits(examples.host, examples.batch, masks, holding(examples, masks.output is not None), only)
+    held = holding(examples, masks.output is not None)
+    return circuit_logits(examples.host, examples.batch, masks, held, only, checkpointing)
 
 # %% ../nbs/19_streams.ipynb #a823342b
 def check_masks_fit(

@@ -100,9 +100,9 @@ def random_nodes(sites, share, heads):
 
 # --- what is measured
 
-def standing(examples, share, heads):
+def standing(examples, share, heads, checkpointing=False):
     "A search whose steps all cost the same: it has these shares open, and neither its scores nor its sizes move"
-    still = dict(first_size=share, largest=share, pace=1e-9, rate=1e-9, steps=10 ** 9, sharpness=(16., 16.))
+    still = dict(first_size=share, largest=share, pace=1e-9, rate=1e-9, steps=10 ** 9, sharpness=(16., 16.), gradient_checkpointing=checkpointing)
     search = Search(examples, Goal(kl=.1), DEFAULT_LEVELS, Recipe(batch_size=len(examples), **still))
     if heads == 1: return search
     scores = search.ways.part(search.scores.detach().clone())
@@ -113,10 +113,11 @@ def standing(examples, share, heads):
 
 
 def searches(host, batch):
-    "Name -> a search on these pairs, with what ablated nodes hold recorded beforehand, or recorded anew in each step"
+    "Name -> a search on these pairs: what ablated nodes hold is recorded beforehand, or in each step, or that with gradient checkpointing"
     once = bind(host, batch, corrupt, None, memory=MOST, closed=False, batch_size=len(batch))
-    kinds = {"recorded": once, "recorded anew": replace(once, held=None)}
-    return {(opened, kind): standing(examples, *shares) for opened, shares in OPEN.items() for kind, examples in kinds.items()}
+    anew = replace(once, held=None)
+    kinds = {"recorded": (once, False), "recorded anew": (anew, False), "recorded anew, checkpointed": (anew, True)}
+    return {(opened, kind): standing(examples, *shares, again) for opened, shares in OPEN.items() for kind, (examples, again) in kinds.items()}
 
 
 def by_python(host, batch):
