@@ -314,7 +314,7 @@ def check_plan(
     says = dict(
         recorded=f"what ablated nodes hold for the training pairs: a smaller Recipe(pairs={recipe.pairs})",
         answers=f"the answers to the training pairs: a smaller Recipe(pairs={recipe.pairs})",
-        step=f"a step of {plan.at_once} pairs: Recipe(gradient_checkpointing=True), or a smaller Recipe(batch_size={recipe.batch_size}),",
+        step=f"a step of {plan.at_once} pairs: gradient_checkpointing=True or a smaller batch_size={recipe.batch_size} in a Recipe",
         passes="the passes before the search: shorter prompts", held_out="the held-out pairs: fewer of them")[most]
     warnings.warn(f"the search takes {in_words(more)} besides the {in_words(plan.weights)} of the model, most of it, "
                   f"{in_words(getattr(plan, most))}, for {says} takes less")

@@ -147,6 +147,14 @@ def can_record(
     recorded = [] if held is None else tensors(held.recording)
     return {t.device for t in (*host.model.parameters(), *host.model.buffers(), *recorded)} == {host.device}
 
+def at_once(
+    examples: Examples,  # to train on
+    recipe: Recipe,      # settings
+) -> int:
+    "Examples of a step that go there and back at once"
+    one = partial(step_bytes, checkpointing=recipe.gradient_checkpointing)
+    return fitting_size(examples.host, examples.batch, recipe.batch_size, one)
+
 # %% ../nbs/25_search.ipynb #57abe290
 class Search(Sizes):
     "The state of a search for the gates of one model on some examples"
@@ -174,8 +182,7 @@ class Search(Sizes):
         self.only: Open = {}                      # what alone is computed
         self.period = 1 if device.type == "cpu" else SELDOM  # steps between two looks at what is shut
         self.recorded: dict[str, Replayed | None] | None = {} if can_record(examples) else None  # what a GPU repeats, if it can
-        one = partial(step_bytes, checkpointing=recipe.gradient_checkpointing)
-        self.at_once = fitting_size(examples.host, examples.batch, recipe.batch_size, one)  # that go there and back
+        self.at_once = at_once(examples, recipe)
         self.place = torch.rand(1, generator=self.noise, device=device).item()     # of the next size between them, from 0 to 1
 
     @property
