@@ -18,7 +18,7 @@ from mgprune.many import arguments_of, content, named
 from mgprune.models import InputError, fingerprint
 from mgprune.recipe import Recipe
 
-QUICK = Recipe(steps=8, confidence=None)
+QUICK = Recipe(steps=8, confidence=None, trim=False)
 
 
 @pytest.fixture(scope="module")
