@@ -20,7 +20,7 @@ from .hooks import Host
 from .models import Model, frozen, tokenizer_of
 from .objective import kl_divergence
 from .pairs import Batch
-from .passes import Recording, circuit_logits, record
+from .passes import Recording, circuit_logits, open_at, record
 from .streams import Examples, Pairs, logits_of, prepare, prepare_for, task_of
 from .tasks import Task
 from .tree import SiteMasks
@@ -44,7 +44,8 @@ def answers_with(
     "Answer logits with closed nodes at the constants, [examples, vocabulary], with a gradient to these"
     batch = examples.batch
     rows = torch.zeros(len(batch), dtype=torch.long, device=batch.clean.device)
-    return circuit_logits(examples.host, batch, masks, Held(values, rows).over(batch.clean.shape[1]))
+    held = Held(values, rows).over(batch.clean.shape[1])
+    return circuit_logits(examples.host, batch, masks, held, open_at(examples.host, masks))
 
 def loss_with(
     examples: Examples,  # pairs, whose model the caller holds frozen
@@ -159,10 +160,11 @@ def under_ablations(
     >>> under_ablations(circuit, model, task, ("corrupt", "mean"), draws=50)["ablation"].tolist()
     ['corrupt', 'mean']"""
     rows, task = list[dict[str, Any]](), task_of(model, task)
+    pairs = task  # and then the same on the model, whose own answers are known
     for asked in ablations:
         try:
             ablation = optimal(circuit, model, to_fit_on(model, task, reference), seed=seed) if asked == "optimal" else asked
-            examples = prepare_for(circuit, model, task, ablation, reference)
+            pairs = examples = prepare_for(circuit, model, pairs, ablation, reference)
         except InputError as error:
             rows.append(dict(ablation=str(asked), not_measured=str(error)))
             continue

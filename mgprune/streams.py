@@ -171,6 +171,7 @@ def bind(
     memory: int | None = None, # bytes that what ablated nodes hold may take, beyond which it is asked for anew for every batch
     closed: bool = True,       # answer with every node ablated
     batch_size: int | None = None,  # examples per forward pass; None: as many as fit, at most 32 on a CPU
+    known: torch.Tensor | None = None,  # [examples, vocabulary] log-probabilities of the untouched model; None: it is run
 ) -> Examples:
     "The pairs on the model"
     batch, size = check_batch(host.model, pairs), batch_size or fitting_size(host, pairs)
@@ -180,13 +181,14 @@ def bind(
         return replace(held, recording=projected(host, held.recording))
     shared = None if getattr(ablation, "each_pair", False) else holding(batch)  # constants, which take little
     memory = room(host.device) if memory is None else memory
-    keep, full, answers, store = memory > 0 and recording_bytes(host, batch, after=True) <= memory, None, None, None
+    keep, full, answers, store = memory > 0 and recording_bytes(host, batch, after=True) <= memory, known, None, None
     with torch.no_grad(), frozen(host.model):
         for start in range(0, len(batch), size):
             rows = slice(start, start + size)
             part = batch[rows]
-            said = answer_logits(host.model, part.clean, part.attention_mask).float().log_softmax(-1)
-            full = filled(full, said, start, len(batch))
+            if known is None:
+                said = answer_logits(host.model, part.clean, part.attention_mask).float().log_softmax(-1)
+                full = filled(full, said, start, len(batch))
             if not (keep or closed): continue
             held = holding(part) if shared is None else shared[rows]
             if closed:
@@ -254,7 +256,7 @@ def rebound(
     lacks = closed and examples.closed is None or output and without_output
     if asked is examples.ablation and reference is None and not lacks: return examples
     return bind(examples.host, examples.batch, asked, reference_of(model, examples, reference), output, closed=closed,
-                batch_size=examples.batch_size)
+                batch_size=examples.batch_size, known=examples.full)
 
 # %% ../nbs/19_streams.ipynb #415fb17d
 @checked
@@ -303,13 +305,15 @@ def prepare_for(
     ablation: Any = None,    # what ablated nodes hold; None: as the circuit was found, or as Examples have it
     reference: Any = None,   # reference pairs; None: a Task's training pairs
     batch_size: int | None = None,  # examples per forward pass; None: as many as fit, at most 32 on a CPU
+    most: int | None = None,  # pairs to take; None takes all
 ) -> Examples:
     "The pairs on the circuit's model; another model is refused"
     if isinstance(model, Circuit): raise InputError(
         "a model and a circuit changed places: expected the circuit first, then the model")
     asked = ablation if ablation is not None or isinstance(pairs, Examples) else ablation_of(circuit, None)
     output = "mlp_output" in circuit.kept
-    examples = prepare(model, pairs, ablation=asked, reference=reference, output=output, batch_size=batch_size)
+    said = dict(reference=reference, output=output, batch_size=batch_size, most=most)
+    examples = prepare(model, pairs, ablation=asked, **said)
     check_model(circuit, examples.host)
     return examples
 
