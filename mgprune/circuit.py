@@ -397,6 +397,7 @@ def from_scores(
 ) -> Circuit:
     """The circuit of the nodes that score above the threshold
 
+    What has no score stays open: scores of heads alone, as a list of heads gives them, keep all MLPs.
     Raises `InputError` for a level or a shape that the model does not have.
     See also `cut_by_size`, `cut_by_kl` for the threshold.
     >>> scores = attribute(model, task.train[:8])

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .arguments import Count, InputError, Seed, Share, checked
 from .circuit import Circuit, CircuitFirst, from_kept
-from .hypotheses import matched
+from .hypotheses import NO_OTHER, drawn_like
 from .models import Model, frozen
 from .objective import kl_divergence
 from .streams import Examples, Pairs, logits_of, one_pass, prepare, prepare_for, task_of
@@ -156,6 +156,21 @@ def control(
     kept = 1 - float(each.mean()) / closed if closed else float("nan")
     return dict(control=name, kl=float(each.mean()), low=low, high=high, closed_kl=closed, kept=kept, circuits=draws)
 
+# %% ../nbs/41_controls.ipynb #3b8fd544
+def random_ones(
+    circuit: Circuit,    # on the model of the examples
+    examples: Examples,  # to answer
+    own: np.ndarray,     # [pairs] its divergence
+    draws: int,          # random circuits
+    rng: Any,            # numpy's
+) -> dict[str, Any]:
+    "The control of random circuits: whether they are further from the model, and how they were matched"
+    how, others = drawn_like(circuit, draws, rng)
+    found = [divergences(other, examples) for other in others]
+    if not found: raise InputError(NO_OTHER)
+    each = np.mean(found, 0)
+    return control("random circuits", each, examples, draws) | dict(further=interval(each - own)[0] > 0, matched=how)
+
 # %% ../nbs/41_controls.ipynb #25d4ef8a
 @dataclass(frozen=True, eq=False)
 class Controls:
@@ -166,7 +181,8 @@ class Controls:
 
     def __repr__(self) -> str:
         said = [f"{name} was not measured: {why}" for name, why in self.not_measured.items()]
-        return "\n\n".join([self.reopened.round(4).to_string(index=False), self.others.round(4).to_string(index=False), *said])
+        tables = (table.round(4).to_string(index=False, na_rep="") for table in (self.reopened, self.others))
+        return "\n\n".join([*tables, *said])
 
 OTHER_TASKS = ("gendered_pronoun", "ioi")  # of which one is another one
 
@@ -197,20 +213,18 @@ def controls(
     See also `report`, `hypotheses`, `necessity`.
     >>> found = controls(circuit, model, task, draws=1, most=8, progress=False)"""
     rng, skipped, output, task = np.random.default_rng(seed), {}, "mlp_output" in circuit.kept, task_of(model, task)
-    examples = prepare(model, prepare_for(circuit, model, task, ablation), most=most)
+    examples = prepare_for(circuit, model, task, ablation, most=most)
     train = prepare(model, task, "train", examples.ablation, most=most, output=output) if isinstance(task, Task) else examples
     rows = [control("the circuit", own := divergences(circuit, examples), examples)]
-    def drawn() -> dict[str, Any]:
-        each = np.mean([divergences(matched(circuit, rng), examples) for _ in range(draws)], 0)
-        return control("random circuits", each, examples, draws) | dict(further=interval(each - own)[0] > 0)
     def elsewhere() -> dict[str, Any]:
-        there = prepare(model, prepare_for(circuit, model, another_task(model, task, other), examples.ablation), most=most)
+        there = prepare_for(circuit, model, another_task(model, task, other), examples.ablation, most=most)
         return control("another task", divergences(circuit, there), there)
     def unlearnt() -> dict[str, Any]:
         pairs = task if isinstance(task, Task) else examples.batch
         there = prepare(shuffled(model, seed), pairs, "test", examples.ablation, examples.reference, most, output)
         return control("shuffled weights", divergences(circuit, there), there)
-    others = {"random circuits": drawn, "another task": elsewhere, "shuffled weights": unlearnt}
+    others = {"random circuits": lambda: random_ones(circuit, examples, own, draws, rng),
+              "another task": elsewhere, "shuffled weights": unlearnt}
     total = len(others) + len(shares) * (draws + 1)
     with tqdm(total=total, disable=None if progress else True, desc="controls", leave=False) as bar:
         for name, make in others.items():

@@ -9,6 +9,7 @@ __all__ = ['IOI_HEADS', 'mib_curve', 'read_scores']
 import json, re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,14 +17,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .arguments import Count, InputError, Seed, Share, as_path, checked, shown
+from .arguments import Count, Finite, InputError, Seed, Share, as_path, checked, fits, shown
 from .circuit import Circuit, from_kept
-from .models import Model
+from .models import Model, tokenizer_of
 from .objective import logit_difference
 from .sites import Sites
-from .streams import Examples, Pairs, logits_of, prepare
-from .tree import NEURONS, ByLevel, check_values, lowest, path_to
-from .worth import Confidence
+from .streams import Examples, Pairs, logits_of, prepare, task_of
+from .tree import LEVELS, NEURONS, ByLevel, check_values, level_shapes, lowest, path_to
+from .worth import WIDEST, Confidence, grouping, labels, slots_of
 
 # %% ../nbs/38_curves.ipynb #56abb4e2
 FRACTIONS = (.001, .002, .005, .01, .02, .05, .1, .2, .5, 1.)  # of the benchmark
@@ -79,18 +80,23 @@ def best_items(
 @dataclass(frozen=True, eq=False)
 class Curve:
     "A ranking's faithfulness at every size"
-    level: str           # what is ranked
+    level: str           # what is ranked, of what was asked for
     sign: str            # "signed", or "absolute"
     table: pd.DataFrame  # a row for each fraction: number kept, logit difference, faithfulness
     cpr: float           # area under faithfulness
     cmd: float           # area between faithfulness and 1
     cpr_interval: tuple[float, float]  # from resamples of the pairs
     cmd_interval: tuple[float, float]  # the same
+    clusters: str | None = None        # grouping whose pairs are drawn together
 
     def __repr__(self) -> str:
         said = [f"{name} {v:.4f} ({low:.4f} to {high:.4f})" for name, v, (low, high) in (
             ("CPR", self.cpr, self.cpr_interval), ("CMD", self.cmd, self.cmd_interval))]
-        return f"{', '.join(said)} by {self.level}, {self.sign}\n{self.table.round(4).to_string(index=False)}"
+        drawn = f", intervals by {self.clusters}" if self.clusters else ""
+        empty = self.table["fraction"][self.table["kept"] == 0]
+        note = [f"the fractions up to {empty.max():g} keep nothing of so few: these points are the empty circuit's"]
+        first = f"{', '.join(said)} by {self.level}, {self.sign}{drawn}"
+        return "\n".join([first, self.table.round(4).to_string(index=False), *(note if len(empty) else [])])
 
 def differences_of(
     circuit: Circuit,    # on the model of the examples
@@ -99,44 +105,78 @@ def differences_of(
     "Logit difference of each pair, [pairs]"
     return logit_difference(logits_of(circuit, examples), examples.batch).double().cpu().numpy()
 
+# %% ../nbs/38_curves.ipynb #4a5e9a94
+def answered(
+    ranked: Mapping[str, torch.Tensor],  # level -> [layers, ...]
+    examples: Examples,                  # to answer
+    fractions: Iterable[float],          # of what is ranked to keep
+) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    "Logit differences at each fraction, [fractions, pairs], and of the empty circuit, [pairs], and how many each keeps"
+    found = [best_items(ranked, examples.sites, share) for share in fractions]
+    at = {0: differences_of(best_items(ranked, examples.sites, 0)[0], examples)}
+    for circuit, n in found:
+        if n not in at: at[n] = differences_of(circuit, examples)
+    return np.stack([at[n] for _, n in found]), at[0], [n for _, n in found]
+
+def resamples(
+    n: int,                      # pairs
+    numbers: np.ndarray | None,  # [pairs] number of the group that a pair is drawn with; None: each by itself
+    draws: int,                  # resamples
+    seed: int,                   # of the draws
+) -> np.ndarray:
+    "How often each pair is drawn, [draws, pairs]; nan for a single group, which tells nothing of others"
+    groups = np.arange(n) if numbers is None else np.unique(numbers, return_inverse=True)[1]
+    m = int(groups.max()) + 1
+    if m < 2: return np.full((draws, n), np.nan)
+    return np.random.default_rng(seed).multinomial(m, np.full(m, 1 / m), size=draws)[:, groups]
+
+def ratios(
+    above: np.ndarray,    # [fractions, pairs]
+    below: np.ndarray,    # [pairs]
+    weights: np.ndarray,  # [draws, pairs]
+) -> np.ndarray:
+    "Faithfulness at each fraction, [draws, fractions]"
+    with np.errstate(divide="ignore", invalid="ignore"): return (weights @ above.T) / (weights @ below)[..., None]
+
 # %% ../nbs/38_curves.ipynb #7378b517
 @checked
 def mib_curve(
     scores: ByLevel,       # level -> tensor [layers, ...]; higher is kept first
     model: Model,          # the model that they belong to
     task: Pairs,           # Task, or its name; its test pairs are taken. Or a list of pairs, a Batch, or Examples from prepare
-    level: Ranked = "node",     # what is ranked: "head", "mlp", "node" for both, "neuron", or "mlp_output"
+    level: Ranked = "node",     # what is ranked: "head", "mlp", "node" for what there is of both, "neuron", or "mlp_output"
     sign: Sign = "signed",      # rank scores as they are, or "absolute": regardless of their sign
     fractions: tuple[Share, ...] | list[Share] = FRACTIONS,  # shares of what is ranked to keep, rising
     ablation: Any = None,       # what ablated nodes hold; None: "corrupt", or as Examples have it
     confidence: Confidence = .95,  # of the intervals
     draws: Count = 1000,           # resamples of the pairs
     seed: Seed = 0,                # of the resamples
+    clusters: str | None = WIDEST, # grouping whose pairs are drawn together; "widest": by which CPR is least sure; None: each
+                                   # pair by itself
 ) -> Curve:  # its points, and CPR and CMD with intervals
     """Faithfulness of a ranking at every size, with CPR and CMD of the Mechanistic Interpretability Benchmark
 
-    Raises `InputError` if the fractions do not rise.
-    See also `attribute`, `frontier`.
+    Raises `InputError` if the fractions do not rise. Intervals are of the pairs, and not of a search's seeds.
+    See also `attribute`, `frontier`, `read_scores`.
     >>> curve = mib_curve(attribute(model, task.train[:8]), model, task.test[:8], draws=20)"""
     if not fractions or any(p >= q for p, q in zip(fractions, fractions[1:])): raise InputError(
         f"fractions={shown(fractions)}: expected one or more shares, each larger than the one before it")
-    examples = prepare(model, task, ablation=ablation, output=level == "mlp_output", closed=False)
-    sites, ranked = examples.sites, items(scores, examples.sites, level, sign)
-    found = [best_items(ranked, sites, share) for share in fractions]
-    nothing, at = best_items(ranked, sites, 0)[0], {0: differences_of(best_items(ranked, sites, 0)[0], examples)}
-    for circuit, n in found:
-        if n not in at: at[n] = differences_of(circuit, examples)
+    found = task_of(model, task)
+    examples = prepare(model, found, ablation=ablation, output=level == "mlp_output", closed=False)
+    ranked = items(scores, examples.sites, level, sign)
+    each, empty, kept = answered(ranked, examples, fractions)
     whole = logit_difference(examples.full, examples.batch).double().cpu().numpy()
-    each = np.stack([at[n] for _, n in found])
-    counts = np.random.default_rng(seed).multinomial(len(whole), np.full(len(whole), 1 / len(whole)), size=draws)
-    def curve(weights: np.ndarray) -> np.ndarray:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return (weights @ (each - at[0]).T) / (weights @ (whole - at[0]))[..., None]
-    f, tail = curve(np.ones(len(whole))), (1 - confidence) / 2
-    table = pd.DataFrame(dict(fraction=[*fractions], kept=[n for _, n in found], logit_difference=each.mean(1), faithfulness=f))
+    slots, tokenizer = slots_of(found), tokenizer_of(model)
+    usual, length = (labels(by, examples, tokenizer, slots) for by in (("template", "answer", *slots), ("length",)))
+    above, below, tail = each - empty, whole - empty, (1 - confidence) / 2
+    f = ratios(above, below, np.ones((1, len(whole))))[0]
     cpr, cmd = areas(fractions, f)
-    low, high = np.quantile(np.stack(areas(fractions, curve(counts))), [tail, 1 - tail], axis=-1).tolist()
-    return Curve(level, sign, table, float(cpr), float(cmd), (low[0], high[0]), (low[1], high[1]))
+    name, numbers = grouping(clusters, np.nan_to_num(areas(fractions, above.T)[0] - cpr * below), usual, length)
+    again = ratios(above, below, resamples(len(whole), numbers, draws, seed))
+    low, high = np.quantile(np.stack(areas(fractions, again)), [tail, 1 - tail], axis=-1).tolist()
+    table = pd.DataFrame(dict(fraction=[*fractions], kept=kept, logit_difference=each.mean(1), faithfulness=f))
+    called = level if {*ranked} == {*MEMBERS[level]} else " and ".join(ranked)
+    return Curve(called, sign, table, float(cpr), float(cmd), (low[0], high[0]), (low[1], high[1]), name)
 
 # %% ../nbs/38_curves.ipynb #ff7f61ba
 IOI_SOURCE = "Wang et al. 2022, Interpretability in the Wild, arXiv:2211.00593, figure 2: GPT-2 small"
@@ -152,29 +192,62 @@ IOI_HEADS: dict[str, tuple[tuple[int, int], ...]] = {  # of GPT-2 small, by clas
     "previous token": ((2, 2), (4, 11))}
 
 # %% ../nbs/38_curves.ipynb #3d8cc15b
+NODE = re.compile(r"a(\d+)\.h(\d+)|m(\d+)")  # a head, or an MLP
+
+def node_score(
+    name: str,    # of the node
+    values: Any,  # what the file says of it
+    key: str,     # "score" or "in_graph"
+) -> float:
+    "Its score"
+    given = values.get(key, 0 if key == "in_graph" else None) if isinstance(values, Mapping) else values
+    if not fits(given, Finite) and not (key == "in_graph" and isinstance(given, bool)): raise InputError(
+        f"node {shown(name)}: {shown(values)}: expected a finite number as its {key}, as in {{'a0.h0': {{'score': 0.7}}}}")
+    return float(given)
+
+def key_of(
+    nodes: Mapping[str, Any],  # name -> what the file says of it
+    edges: Any,                # what it says of the edges
+) -> str:
+    "What ranks the nodes: 'score', or 'in_graph' where none has a score"
+    given = [v for v in nodes.values() if isinstance(v, Mapping)]
+    if len(given) < len(nodes) or any("score" in v for v in given): return "score"
+    by_edge = isinstance(edges, Mapping) and any(isinstance(e, Mapping) and "score" in e for e in edges.values())
+    if by_edge and len({bool(v.get("in_graph")) for v in given}) == 1: raise InputError(
+        "this file scores edges and no nodes, and all its nodes are alike: expected scores of nodes. Ask the other tool for "
+        "them, or for a graph that is cut, whose 'in_graph' tells nodes apart")
+    return "in_graph"
+
+# %% ../nbs/38_curves.ipynb #44983095
 def node_scores(
-    data: Mapping[str, Any],  # of the benchmark's file
-    sites: Sites,             # from find_sites
+    nodes: Any,    # name -> score, or what the benchmark's file says of it
+    sites: Sites,  # from find_sites
+    cfg: Any = None,    # shape of the model, as the file has it
+    edges: Any = None,  # what the file says of edges
 ) -> dict[str, torch.Tensor]:
-    "Scores of heads and MLPs; of a file without scores, 1 for what is in the graph"
-    nodes, cfg = data.get("nodes"), data.get("cfg", {})
-    if not isinstance(nodes, Mapping): raise InputError("expected the benchmark's file of nodes, with the key 'nodes'")
+    "Scores of heads, of MLPs, or of both; of a file without scores, 1 for what is in the graph"
+    if not isinstance(nodes, Mapping): raise InputError(
+        f"nodes={shown(nodes)}: expected the benchmark's file of nodes, with a score for each name under 'nodes'")
     for name, here in (("n_layers", sites.n_layers), ("n_heads", sites.n_heads)):
-        if cfg.get(name, here) != here: raise InputError(f"a file for {name}={cfg[name]}: expected {here}, as this model has")
-    found = dict(head=torch.zeros(sites.n_layers, sites.n_heads), mlp=torch.zeros(sites.n_layers))
-    seen = 0
-    for name, values in nodes.items():
-        place = re.fullmatch(r"a(\d+)\.h(\d+)|m(\d+)", name)
-        if name in ("input", "logits"): continue
+        if isinstance(cfg, Mapping) and cfg.get(name, here) != here: raise InputError(
+            f"a file for {name}={shown(cfg[name])}: expected {here}, as this model has")
+    shapes = level_shapes(sites, ("head", "mlp"))
+    found = {level: torch.zeros(shape, dtype=torch.double) for level, shape in shapes.items()}
+    here, seen = {name: values for name, values in nodes.items() if name not in ("input", "logits")}, dict.fromkeys(found, 0)
+    key = key_of(here, edges)
+    for name, values in here.items():
+        place = NODE.fullmatch(str(name))
         where = tuple(int(g) for g in place.groups() if g) if place else ()
         level = "mlp" if len(where) == 1 else "head"
-        fits = where and all(i < n for i, n in zip(where, found[level].shape))
-        if not fits: raise InputError(f"node {shown(name)}: expected a<layer>.h<head> or m<layer> of this model")
-        found[level][where] = float(values.get("score", values.get("in_graph", 0)))
-        seen += 1
-    if seen < sum(s.numel() for s in found.values()): raise InputError(
-        f"scores of {seen} nodes: expected one for each of {sum(s.numel() for s in found.values())} heads and MLPs")
-    return found
+        there = where and all(i < n for i, n in zip(where, found[level].shape))
+        if not there: raise InputError(f"node {shown(name)}: expected a<layer>.h<head> or m<layer> of this model")
+        found[level][where] = node_score(name, values, key)
+        seen[level] += 1
+    part = [level for level, n in seen.items() if 0 < n < found[level].numel()]
+    if part or not here: raise InputError(
+        f"scores of {sum(seen.values())} nodes: expected one for each of {sites.n_layers * sites.n_heads} heads, each of "
+        f"{sites.n_layers} MLPs, or both")
+    return {level: values for level, values in found.items() if seen[level]}
 
 # %% ../nbs/38_curves.ipynb #5268da04
 def read_json(
@@ -185,26 +258,45 @@ def read_json(
     except (OSError, ValueError) as e: raise InputError(f"{shown(str(path))} cannot be read as JSON: {e}") from e
 
 # %% ../nbs/38_curves.ipynb #5ef898d6
+def listed_heads(
+    heads: Iterable[Any],  # as (layer, head)
+    sites: Sites,          # from find_sites
+) -> dict[str, torch.Tensor]:
+    "1 for the heads of a list, and 0 for the others"
+    scores = torch.zeros(sites.n_layers, sites.n_heads)
+    for head in heads:
+        there = isinstance(head, (tuple, list)) and len(head) == 2 and all(
+            isinstance(i, Integral) and not isinstance(i, bool) and 0 <= int(i) < n for i, n in zip(head, scores.shape))
+        if not there: raise InputError(
+            f"head {shown(head)}: expected (layer, head) of a model with {sites.n_layers} layers of {sites.n_heads} heads. "
+            "Scores of another form become a circuit by from_scores({'head': tensor}, sites)")
+        scores[int(head[0]), int(head[1])] = 1
+    return dict(head=scores)
+
+# %% ../nbs/38_curves.ipynb #6e16d53f
 @checked
 def read_scores(
-    source: Any,   # the benchmark's node file or what is in it; or heads as (layer, head), in a list or by class
+    source: Any,   # the benchmark's node file or what is in it; a score by node, such as {"a0.h1": 4.2, ...}; or heads as
+                   # (layer, head), in a list, an array or by class
     sites: Sites,  # from find_sites
 ) -> dict[str, torch.Tensor]:
-    """Somebody else's circuit or ranking as scores: level -> [layers, ...]
+    """Somebody else's circuit or ranking as scores: level -> [layers, ...]; what it does not rank stays open in a circuit
 
+    The file: `{"nodes": {"a0.h0": {"score": 0.7}, "a0.h1": {"score": -0.1}, "m0": {"score": 1.2}}}`, with all heads, all
+    MLPs, or both. A list of heads ranks no MLP, so that `from_scores` keeps all of them.
     Raises `InputError` for a file of another form, or a head that the model does not have.
-    See also `mib_curve`, `mib`.
+    See also `mib_curve`, `mib`, `difference`.
     >>> scores = read_scores([(0, 1), (2, 3)], circuit.sites)"""
     if isinstance(source, (str, Path)): source = read_json(source)
-    if isinstance(source, Mapping) and "nodes" in source: return node_scores(source, sites)
-    try: listed = [h for heads in source.values() for h in heads] if isinstance(source, Mapping) else list(source)
+    elif hasattr(source, "tolist"): source = source.tolist()
+    if isinstance(source, Mapping):
+        if "nodes" in source: return node_scores(source["nodes"], sites, source.get("cfg"), source.get("edges"))
+        if any(isinstance(name, str) and NODE.fullmatch(name) for name in source): return node_scores(source, sites)
+        if any(name in LEVELS for name in source): raise InputError(
+            f"source has the levels {shown([*source])}: these are scores already. Give them to from_scores or mib_curve")
+    parts = source.values() if isinstance(source, Mapping) else [source]
+    try: heads = [tuple(h.tolist()) if hasattr(h, "tolist") else h for part in parts for h in part]
     except TypeError as e: raise InputError(
-        f"source={shown(source)}: expected a path, what is in a file of the benchmark, or heads as (layer, head)") from e
-    scores = torch.zeros(sites.n_layers, sites.n_heads)
-    for head in listed:
-        fits = isinstance(head, (tuple, list)) and len(head) == 2 and all(
-            isinstance(i, int) and 0 <= i < n for i, n in zip(head, scores.shape))
-        if not fits: raise InputError(
-            f"head {shown(head)}: expected (layer, head) of a model with {sites.n_layers} layers of {sites.n_heads} heads")
-        scores[head[0], head[1]] = 1
-    return dict(head=scores)
+        f"source={shown(source)}: expected a path, what is in a file of the benchmark, a score by node as in {{'a0.h1': 4.2}}, "
+        "or heads as (layer, head). Scores in tensors become a circuit by from_scores({'head': tensor}, sites)") from e
+    return listed_heads(heads, sites)

@@ -6,7 +6,7 @@
 __all__ = ['SIZES', 'evaluate', 'cuts', 'cut_by_size', 'cut_by_kl', 'frontier', 'neurons_at', 'score']
 
 # %% ../nbs/21_evaluation.ipynb #4c053acc
-import math
+import math, warnings
 from collections.abc import Callable, Generator
 from itertools import pairwise
 from statistics import NormalDist
@@ -22,7 +22,7 @@ from .models import Model
 from .objective import Over, divergence, is_right, logit_difference, probability_difference
 from .sites import Sites
 from .streams import Examples, Pairs, logits_of, prepare, prepare_for
-from .tree import ByLevel, check_values, lowest
+from .tree import NEURONS, ByLevel, check_values, lowest, n_nodes
 
 # %% ../nbs/21_evaluation.ipynb #cfc32bbd
 DIVERGENCES: dict[Over, str] = dict(vocabulary="kl", answers="answers_kl")  # as measures, by what they are over
@@ -272,21 +272,47 @@ def cuts(
     return torch.cat([s[s > -torch.inf] for s in ranked]).sort(descending=True).values
 
 # %% ../nbs/21_evaluation.ipynb #fda4ebe6
+def at_share(
+    ranked: torch.Tensor,  # [neurons] from cuts
+    keep: float,           # share of them to keep
+) -> float:
+    "Threshold above which no more than that share is; equal scores fall together"
+    n = round(keep * len(ranked))
+    return ranked[n].item() if n < len(ranked) else -torch.inf
+
+def check_size(
+    circuit: Circuit,      # that was cut
+    ranked: torch.Tensor,  # [neurons] from cuts
+    keep: float,           # share of them that was asked for
+) -> None:
+    "Warn where it is smaller than asked for by more than the smallest node that is ranked, or keeps what is not ranked"
+    total, size = n_nodes(circuit.sites), circuit.n_neurons()
+    others, asked = sum(total[level] for level in NEURONS) - len(ranked), round(keep * len(ranked))
+    least, said = int(ranked.unique(return_counts=True)[1].min()), []
+    if others: said.append(f"the {others:,} others have no score and stay open")
+    if asked - (size - others) > least: said.append("the next node does not fit, or the next scores are equal")
+    if said: warnings.warn(
+        f"keep={keep:g} asks for {asked:,} of the {len(ranked):,} ranked neurons: {'; '.join(said)}. The circuit has {size:,} "
+        f"of {len(ranked) + others:,}", stacklevel=4)
+
+# %% ../nbs/21_evaluation.ipynb #296acea4
 @checked
 def cut_by_size(
     scores: ByLevel,  # level -> tensor [layers, ...]
     sites: Sites,     # from find_sites
-    keep: Share,      # share of all neurons to keep, above 0 and at most 1
+    keep: Share,      # share of the neurons that are ranked, above 0 and at most 1: those of the levels with scores
 ) -> float:
-    """Threshold of the circuit that keeps that share of the neurons
+    """Threshold of the largest circuit that keeps no more than that share of the ranked neurons; others stay open besides
 
+    Warns where that is smaller than asked for by more than the smallest ranked node, and where not all neurons are ranked.
     See also `from_scores`, `cut_by_kl`.
     >>> threshold = cut_by_size(circuit.scores, circuit.sites, .1)
     >>> from_scores(circuit.scores, circuit.sites, threshold).n_neurons() <= 256
     True"""
     ranked = cuts(scores, sites)
-    n = round(keep * len(ranked))
-    return ranked[n].item() if n < len(ranked) else -torch.inf
+    threshold = at_share(ranked, keep)
+    if keep < 1: check_size(from_scores(scores, sites, threshold), ranked, keep)
+    return threshold
 
 # %% ../nbs/21_evaluation.ipynb #2c08ea0d
 def smallest(
@@ -340,7 +366,7 @@ def frontier(
     model: Model,     # the model that the scores belong to
     scores: ByLevel,  # level -> tensor [layers, ...]; higher is kept first
     task: Pairs,      # Task, or its name; its test pairs are taken. Or a list of pairs, a Batch, or Examples from prepare
-    sizes: list[Share] | tuple[Share, ...] = SIZES,  # shares of the neurons to keep
+    sizes: list[Share] | tuple[Share, ...] = SIZES,  # shares of the ranked neurons to keep, as cut_by_size counts them
     ablation: Any = None,  # what ablated nodes hold; None: "corrupt", or as Examples have it
 ) -> list[dict[str, float]]:
     """Measures of a ranking's circuits, by name, one dictionary for each size
@@ -349,8 +375,8 @@ def frontier(
     >>> [round(m["neurons"]) for m in frontier(model, circuit.scores, task, sizes=[.1, .5])]
     [256, 1280]"""
     examples = prepare(model, task, ablation=ablation, output="mlp_output" in scores)
-    check_values(scores, examples.sites, "scores")
-    circuits = [from_scores(scores, examples.sites, cut_by_size(scores, examples.sites, size)) for size in sizes]
+    ranked = cuts(scores, examples.sites)
+    circuits = [from_scores(scores, examples.sites, at_share(ranked, size)) for size in sizes]
     return [dict(neurons=c.n_neurons(), heads=len(c.heads()), mlps=len(c.mlps())) | measured(c, examples) for c in circuits]
 
 @checked

@@ -6,8 +6,9 @@
 __all__ = ['hypotheses']
 
 # %% ../nbs/40_hypotheses.ipynb #6e8b0092
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Annotated, Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from .arguments import Count, Must, Seed, checked
 from .circuit import Circuit, CircuitFirst, from_kept, full_circuit
 from .models import Model
 from .necessity import Measured, Node, complement, named, nodes_of, without
-from .streams import Pairs, prepare, prepare_for
-from .tree import expert_of
+from .sites import Sites
+from .streams import Pairs, prepare_for
+from .tree import FINEST, expert_of
 from .worth import Confidence, interval
 
 # %% ../nbs/40_hypotheses.ipynb #ead929c3
@@ -105,18 +107,68 @@ def shuffled_mlp(
     for e, other in source.items(): result[places[e]] = shuffled_row(kept[places[other]], rng)
     return result
 
+# %% ../nbs/40_hypotheses.ipynb #a0b197bb
+def layer_order(
+    sites: Sites,  # from find_sites
+    rng: Any,      # numpy's
+) -> np.ndarray:
+    "The layers in another order, by chance; those whose MLPs are made alike change places"
+    rows = expert_of(sites).numpy()
+    order, kinds = np.arange(len(rows)), np.unique(rows, axis=0, return_inverse=True)[1].flatten()
+    for kind in np.unique(kinds): order[kinds == kind] = rng.permutation(order[kinds == kind])
+    return order
+
 def matched(
     circuit: Circuit,  # any
     rng: Any,          # numpy's
+    over: bool = False,  # heads and MLPs change places over all layers, and not within each alone
 ) -> Circuit:
-    "A random circuit with as many nodes of each level in each layer"
-    sites, kept = circuit.sites, circuit.kept
-    heads = torch.stack([layer[torch.from_numpy(rng.permutation(len(layer)))] for layer in kept["attention_neuron"]])
+    "A random circuit with as many nodes of each level, in each layer or over all layers"
+    sites, kept = circuit.sites, {l: circuit.kept[l] for l in FINEST.values() if l in circuit.kept}
+    if over:
+        heads, order = kept["attention_neuron"], torch.from_numpy(layer_order(sites, rng))
+        kept = {l: k[order] for l, k in kept.items() if l != "attention_neuron"}
+        kept["attention_neuron"] = shuffled_row(heads.flatten(0, 1), rng).view_as(heads)
+    heads = torch.stack([shuffled_row(layer, rng) for layer in kept["attention_neuron"]])
     found = {"attention_neuron": torch.stack([torch.stack([shuffled_row(h, rng) for h in layer]) for layer in heads])}
     rows = zip(kept["mlp_neuron"], expert_of(sites))
     found["mlp_neuron"] = torch.stack([shuffled_mlp(row, expert, sites.n_routed, rng) for row, expert in rows])
     if "mlp_output" in kept: found["mlp_output"] = torch.stack([shuffled_row(row, rng) for row in kept["mlp_output"]])
     return from_kept(found, sites)
+
+# %% ../nbs/40_hypotheses.ipynb #91df4526
+DRAWN = {"in each layer": False, "over all layers": True}  # ways to match a random circuit, the narrower one first
+NO_OTHER = "no other circuit has as many nodes of each level"
+TRIES = 64  # draws in a row that are the circuit itself, after which there is no other: one in two would be, if there were
+
+def neurons_of(
+    circuit: Circuit,  # any
+) -> bytes:
+    "What it keeps of the finest levels"
+    return b"".join(circuit.kept[l].numpy().tobytes() for l in FINEST.values() if l in circuit.kept)
+
+def others_of(
+    circuit: Circuit,  # any
+    rng: Any,          # numpy's
+    over: bool,        # match over all layers, and not in each
+) -> Iterator[Circuit]:
+    "Random circuits that are not this one, without end; none if there are none"
+    own, missed = neurons_of(circuit), 0
+    while missed < TRIES:
+        other = matched(circuit, rng, over)
+        missed = missed + 1 if neurons_of(other) == own else 0
+        if not missed: yield other
+
+def drawn_like(
+    circuit: Circuit,  # any
+    draws: int,        # random circuits
+    rng: Any,          # numpy's
+) -> tuple[str, Iterator[Circuit]]:
+    "How random circuits are matched, and these circuits; none where no other has the same counts"
+    for how, over in DRAWN.items():
+        found = others_of(circuit, rng, over)
+        for first in found: return how, islice(chain((first,), found), draws)
+    return NO_OTHER, iter(())
 
 # %% ../nbs/40_hypotheses.ipynb #f08332a4
 @dataclass(frozen=True, eq=False)
@@ -167,16 +219,18 @@ def independence(
 # %% ../nbs/40_hypotheses.ipynb #15cd649d
 def comparison(
     question: str,     # "sufficiency" or "partial necessity"
-    wins: np.ndarray,  # [random circuits] whether this one is better
+    wins: np.ndarray,  # [random circuits] whether this one is better; empty where there is no other
     q: float,          # chance of a win
     alpha: float,      # of the test
+    drawn: str = "in each layer",  # how the random ones are matched, for the table
 ) -> dict[str, Any]:
     "Whether the circuit beats more than a share of random ones"
-    n, k = len(wins), int(wins.sum())
+    n, k, null = len(wins), int(wins.sum()), f"beats a random circuit with a chance of at most {q:g}"
+    if n == 0: return dict(question=question, null=null, statistic=NO_OTHER, said=f"not tested: {NO_OTHER}")
     p, (low, high) = p_at_least(k, n, q), interval(wins, None, 1 - alpha)
     said = f"supported: better than {q:.0%} of random circuits" if p < alpha else "not shown"
-    return dict(question=question, null=f"beats a random circuit with a chance of at most {q:g}", statistic=f"{k} of {n} beaten",
-                value=k / n, low=low, high=high, p=p, rejected=p < alpha, said=said)
+    return dict(question=question, null=null, statistic=f"{k} of {n} beaten, matched {drawn}", value=k / n, low=low, high=high,
+                p=p, rejected=p < alpha, said=said)
 
 # %% ../nbs/40_hypotheses.ipynb #0043b963
 def minimal_nodes(
@@ -253,19 +307,23 @@ def hypotheses(
 
     See also `controls`, `report`.
     >>> tests = hypotheses(circuit, model, task, draws=4, shuffles=19, most=8, progress=False)"""
-    examples, rng = prepare(model, prepare_for(circuit, model, task, ablation), most=most), np.random.default_rng(seed)
+    examples, rng = prepare_for(circuit, model, task, ablation, most=most), np.random.default_rng(seed)
     with tqdm(total=draws + n_compared(circuit), disable=None if progress else True, desc="hypotheses", leave=False) as bar:
         measured, whole = Measured(examples, note=bar.update), full_circuit(circuit.sites)
         c, m, x, e = (measured(of)[0] for of in (circuit, whole, complement(circuit), complement(whole)))
         def apart(of: Circuit) -> float: return abs(measured.mean(of) - float(m.mean()))
-        wins = []
-        for other in (matched(circuit, rng) for _ in range(draws)):
+        wins, seen = [], set[bytes]()
+        how, others = drawn_like(circuit, draws, rng)
+        for other in others:
             needed = apart(complement(circuit)) > apart(complement(other))
             wins.append((apart(circuit) < apart(other), needed))
+            seen.add(neurons_of(other))
             bar.update()
+        bar.update(draws - len(wins))
+        if len(seen) < len(wins): how += f", {len(seen)} different ones"
         nodes = minimal_nodes(measured, circuit, q, draws, rng)
-    sufficient, needed = np.array(wins).T
+    sufficient, needed = np.array(wins, dtype=bool).reshape(-1, 2).T
     rows = [equivalence(c, m, eps, alpha), independence(x - e, m, shuffles, seed, alpha),
-            comparison("sufficiency", sufficient, q, alpha), comparison("partial necessity", needed, q, alpha),
+            comparison("sufficiency", sufficient, q, alpha, how), comparison("partial necessity", needed, q, alpha, how),
             minimality(nodes, q, alpha)]
     return Hypotheses(pd.DataFrame(rows), nodes)

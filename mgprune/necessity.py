@@ -18,7 +18,7 @@ from .arguments import Count, InputError, Must, Seed, checked, shown
 from .circuit import Circuit, CircuitFirst, from_kept, full_circuit
 from .models import Model
 from .objective import kl_divergence, logit_difference
-from .streams import Examples, Pairs, logits_of, prepare, prepare_for
+from .streams import Examples, Pairs, logits_of, prepare_for
 from .tree import NEURONS, path_to
 from .worth import Confidence, ratio_interval
 
@@ -197,7 +197,7 @@ def necessity(
 
     See also `report`, `controls`.
     >>> needed = necessity(circuit, model, task, draws=1, steps=1, most=8, progress=False)"""
-    examples, rng = prepare(model, prepare_for(circuit, model, task, ablation), most=most), np.random.default_rng(seed)
+    examples, rng = prepare_for(circuit, model, task, ablation, most=most), np.random.default_rng(seed)
     whole, nodes = full_circuit(circuit.sites), nodes_of(circuit, among)
     grouped = by_layer(nodes) if classes is None else check_classes(classes, nodes)
     greedy = sum(min(tries, len(nodes) - i) for i in range(min(steps, len(nodes))))

@@ -228,7 +228,7 @@ def checkpointed(
     swaps: list[Swap],  # the same
 ) -> list[Swap]:
     "What has to change so that each block keeps what it reads, and computes the rest again on the way back"
-    def twice() -> tuple[AbstractContextManager[None], ...]: return nullcontext(), in_place(hooks, swaps)
+    def twice() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]: return nullcontext(), in_place(hooks, swaps)
     def swap(block: torch.nn.Module) -> Swap:
         run = block.forward
         def forward(*given: Any, **named: Any) -> Any:

@@ -19,7 +19,7 @@ import torch
 from .ablations import name_of
 from .arguments import InputError, Seed, Share, checked, printable
 from .circuit import Circuit, Provenance, from_scores
-from .evaluation import DIVERGENCES, SIZES, Within, cut_by_kl, cut_by_size, cuts, in_nats, measured
+from .evaluation import DIVERGENCES, SIZES, Within, at_share, cut_by_kl, cut_by_size, cuts, in_nats, measured
 from .gates import Sigmoid
 from .hooks import Host
 from .models import Model
@@ -118,11 +118,11 @@ def likely_threshold(
     kl: float,         # divergence that the circuit may have, in nats
 ) -> float | None:
     "Threshold of a circuit as large as those of the last steps that had about the divergence; None if none had"
-    scores, sites, history = learned.scores, learned.host.sites, learned.provenance.history or {}
+    ranked, history = cuts(learned.scores, learned.host.sites), learned.provenance.history or {}
     last = [*zip(history["neurons"], history["kl"])][-len(history["kl"]) // 3:]
     near = [math.log(n) for n, measured in last if kl / 2 < measured < kl * 2]
     if not near: return None
-    return cut_by_size(scores, sites, min(1, math.exp(sum(near) / len(near)) / len(cuts(scores, sites))))
+    return at_share(ranked, min(1, math.exp(sum(near) / len(near)) / len(ranked)))
 
 # %% ../nbs/28_training.ipynb #09261170
 def thresholds(
@@ -160,7 +160,7 @@ def discover(
     task: Behaviour,                    # the behaviour, as pairs of prompts: a Task, the name of one, a file, or a list of pairs
     kl: float | str | None = None,      # quality: the divergence that the circuit may have, in nats, 0.1 if nothing is asked for;
                                         # or as a share of that with every node ablated, such as "10%"
-    keep: float | tuple[Any, ...] | list[Any] | None = None,  # or size: the share of the neurons to keep
+    keep: float | tuple[Any, ...] | list[Any] | None = None,  # or size: the share of the levels' neurons to keep, in whole nodes
     penalties: Prices | None = None,    # or prices: level -> price of an open gate, in nats
     faithfulness: Within | None = None, # beside kl: how far from 1 the faithfulness may be, such as 0.1
     over: Over = "vocabulary",          # what the divergence is over: all tokens, or right answers, wrong ones and anything else

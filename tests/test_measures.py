@@ -18,8 +18,8 @@ from mgprune.attribution import attribute, random_ranking
 from mgprune.circuit import from_kept, from_scores, full_circuit
 from mgprune.controls import controls
 from mgprune.curves import FRACTIONS, best_items, items, mib_curve, read_scores
-from mgprune.evaluation import bound, by_word
-from mgprune.hypotheses import gaussian, holm, hypotheses, matched, p_at_least, p_at_most, p_equivalent, p_independent
+from mgprune.evaluation import bound, by_word, cut_by_size
+from mgprune.hypotheses import NO_OTHER, drawn_like, gaussian, holm, hypotheses, matched, p_at_least, p_at_most, p_equivalent, p_independent
 from mgprune.models import InputError, frozen
 from mgprune.necessity import complement, necessity, nodes_of, without
 from mgprune.objective import kl_divergence
@@ -29,7 +29,7 @@ from mgprune.prompts import beginnings, by_prompt, in_levels, own_scores, silhou
 from mgprune.report import faithful, report
 from mgprune.sites import find_sites
 from mgprune.tree import SiteMasks, level_shapes
-from mgprune.worth import interval, ratio_interval, standard_error, worth
+from mgprune.worth import difference, interval, ratio_interval, standard_error, worth
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,59 @@ def test_pairs_that_the_model_gets_wrong_are_a_group(model):
     assert found.row("kl")["pairs"] == len(examples)
 
 
+def test_difference_equals_a_loop_over_pairs_and_resamples(model, task, examples):
+    first, second = some_circuit(examples.sites), some_circuit(examples.sites, seed=1)
+    found = difference(first, second, model, task, clusters="giver", draws=60, seed=4)
+    names = [*dict.fromkeys(sorted(repr(pair.slots["giver"]) for pair in task.test))]
+    group = [names.index(repr(pair.slots["giver"])) for pair in task.test]
+    values = []
+    for i in range(len(examples)):
+        one, row = examples[i], []
+        answer, wrong = one.batch.answer[0, 0], one.batch.wrong[0, 0]
+        for circuit in (first, second):
+            logits = one.logits(circuit.masks())[0]
+            row.append((kl_divergence(one.full, logits[None]).item(), (logits[answer] - logits[wrong]).item()))
+        values.append((*row, *((l[0, answer] - l[0, wrong]).item() for l in (one.full, one.closed))))
+
+    def of(rows):
+        kl = np.mean([values[i][0][0] - values[i][1][0] for i in rows])
+        a, b, m, e = (np.mean([get(values[i]) for i in rows]) for get in (lambda v: v[0][1], lambda v: v[1][1], lambda v: v[2], lambda v: v[3]))
+        return dict(kl=kl, logit_difference=a - b, faithfulness=(a - e) / (m - e) - (b - e) / (m - e))
+
+    rng, again = np.random.default_rng(4), []
+    for counts in rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=60):
+        again.append(of([i for g, n in enumerate(counts) for _ in range(n) for i in range(len(group)) if group[i] == g]))
+    for name, value in of(range(len(values))).items():
+        row = found.row(name)
+        ends = np.quantile([draw[name] for draw in again], [.025, .975])
+        assert np.allclose((row["difference"], row["low"], row["high"]), (value, *ends), atol=1e-4), name
+        assert row["apart"] == (ends[0] > 0 or ends[1] < 0)
+    assert found.draws == len(names) and found.clusters == "giver"
+
+
+def test_a_difference_needs_two_circuits_of_one_model_and_ablation(model, task, examples):
+    sites = examples.sites
+    circuit = some_circuit(sites)
+    by_mean, by_zero = (from_kept(circuit.kept, sites, provenance=dict(ablation=name)) for name in ("mean", "zero"))
+    stranger = from_kept(circuit.kept, sites, provenance=dict(model="other", fingerprint="0" * 16))
+    smaller = full_circuit(find_sites(tiny("gpt2")))
+    for a, b, says in ((circuit, stranger, "fingerprint"), (stranger, circuit, "fingerprint"), (circuit, smaller, "other sites"),
+                       (by_mean, by_zero, "different ablations")):
+        with pytest.raises(InputError, match=says): difference(a, b, model, task, draws=5)
+    with pytest.raises(InputError, match="a Circuit"): difference(circuit, model, model, task)
+    assert difference(by_mean, circuit, model, task, draws=5).ablation == difference(circuit, by_mean, model, task, draws=5).ablation == "mean"
+    assert difference(by_mean, by_zero, model, task, ablation="zero", draws=5).row("kl")["difference"] == 0
+
+
+def test_a_group_that_is_all_pairs_is_not_told_twice(model):
+    pairs = tasks.ioi(model, n=(32, 8, 8)).train
+    turned = [tasks.Pair(p.clean, p.corrupt, p.wrong, p.answer) for p in pairs]
+    for given, share in ((pairs, 1.), (turned, 0.)):
+        found = worth(some_circuit(find_sites(model)), model, given, draws=5)
+        assert [*found.table["group"].unique()] == ["all"] and found.row("full_accuracy")["value"] == share
+        assert "full_accuracy" in repr(found).splitlines()[-1] and "exact interval" in repr(found)
+
+
 # --- under every ablation
 
 def one_neuron():
@@ -201,6 +254,78 @@ def test_a_file_of_the_benchmark_is_read_as_it_was_written(tmp_path, model, exam
     path = from_scores(scores, examples.sites).write(tmp_path / "nodes.mib.json")
     curves = [mib_curve(s, model, examples[:8], "node", draws=10) for s in (scores, read_scores(path, examples.sites))]
     assert curves[0].table.equals(curves[1].table)
+
+
+def test_areas_are_resampled_in_groups(model, task, examples):
+    scores, pairs, examples = random_ranking(model), task.test[:12], examples[:12]
+    curve = mib_curve(scores, model, pairs, "neuron", fractions=(.1, .4, 1.), clusters="giver", draws=40, seed=2)
+    alone = [mib_curve(scores, model, [pair], "neuron", fractions=(.1, .4, 1.), clusters=None, draws=2) for pair in pairs]
+    with torch.no_grad(): empty = examples.logits(best_items(items(scores, examples.sites, "neuron", "signed"), examples.sites, 0)[0].masks())
+    nothing = [(row[a] - row[w]).item() for row, a, w in zip(empty, examples.batch.answer[:, 0], examples.batch.wrong[:, 0])]
+    names = sorted({repr(pair.slots["giver"]) for pair in pairs})
+    group, found = [names.index(repr(pair.slots["giver"])) for pair in pairs], []
+    for counts in np.random.default_rng(2).multinomial(len(names), np.full(len(names), 1 / len(names)), size=40):
+        rows = [i for i, g in enumerate(group) for _ in range(counts[g])]
+        at = np.mean([alone[i].table["logit_difference"] for i in rows], 0)
+        base = np.mean([nothing[i] for i in rows])
+        f = (at - base) / (at[-1] - base)
+        found.append(.3 * (f[0] + f[1]) / 2 + .6 * (f[1] + f[2]) / 2)
+    assert np.allclose(curve.cpr_interval, np.quantile(found, [.025, .975]), atol=1e-3) and curve.clusters == "giver"
+    assert np.isnan(alone[0].cpr_interval).all()  # a single pair tells nothing of others
+    with pytest.raises(InputError, match="clusters='verb'"): mib_curve(scores, model, examples, clusters="verb", draws=2)
+
+
+def test_a_curve_says_what_is_ranked_and_where_it_keeps_nothing(model, examples):
+    some, mlps = examples[:4], dict(mlp=torch.arange(4.))
+    for scores, level, called, empty in ((read_scores([(0, 1)], some.sites), "node", "head", .05), (mlps, "node", "mlp", .2),
+                                         (dict(attention_neuron=torch.rand(4, 4, 32)), "neuron", "attention_neuron", .001), (random_ranking(model), "node", "node", .02)):
+        curve = mib_curve(scores, model, some, level, draws=5)
+        assert curve.level == called and f"by {called}, signed" in repr(curve) and f"up to {empty:g} keep nothing" in repr(curve)
+    assert "keep nothing" not in repr(mib_curve(mlps, model, some, "mlp", fractions=(.25, 1.), draws=5))
+
+
+def test_scores_from_elsewhere_are_read_or_refused_in_words(tmp_path, model, examples):
+    sites = examples.sites
+    heads = {f"a{layer}.h{head}": layer * 4. + head for layer in range(4) for head in range(4)}
+    mlps = {f"m{layer}": -float(layer) for layer in range(4)}
+    whole = {name: dict(score=value, in_graph=True) for name, value in (heads | mlps).items()}
+    for given in (heads | mlps, dict(nodes=heads | mlps), dict(nodes=whole), dict(nodes=whole | {"input": dict(in_graph=True)}, edges={"a->b": dict(score=1.)})):
+        (tmp_path / "scores.json").write_text(json.dumps(given), encoding="utf-8")
+        for found in (read_scores(given, sites), read_scores(tmp_path / "scores.json", sites)):
+            assert torch.equal(found["head"].flatten(), torch.arange(16.).double()) and torch.equal(found["mlp"], -torch.arange(4.).double())
+    assert [*read_scores(mlps, sites)] == ["mlp"] and [*read_scores(dict(nodes=heads), sites)] == ["head"]
+    for given in (np.array([[0, 1], [2, 3]]), torch.tensor([[0, 1], [2, 3]]), [(np.int32(0), np.int64(1)), (2, 3)], dict(movers=np.array([[0, 1]]), others=[(2, 3)])):
+        assert read_scores(given, sites)["head"].nonzero().tolist() == [[0, 1], [2, 3]]
+    graph = {name: dict(in_graph=name != "m2") for name in whole}
+    assert read_scores(dict(nodes=graph, edges={"a->b": dict(score=1.)}), sites)["mlp"].tolist() == [1, 1, 0, 1]
+    for change, says in ((True, "a finite number"), (None, "a finite number"), ("1", "a finite number"), (dict(score=None), "a finite number"), (dict(score=[1.]), "a finite number"),
+                         (dict(score=float("nan")), "a finite number"), (dict(score=float("-inf")), "a finite number"), (dict(score=True), "a finite number"),
+                         (dict(in_graph=True), "a finite number"), (10 ** 400, "a finite number")):
+        with pytest.raises(InputError, match=says): read_scores(dict(nodes=whole | {"a1.h1": change}), sites)
+    scored = dict(edges={"a->b": dict(score=1., in_graph=True)})
+    for given, says in ((scored | dict(nodes={name: dict(in_graph=True) for name in whole}), "scores edges and no nodes"), (dict(nodes=[1]), "under 'nodes'"),
+                        (dict(nodes={}), "scores of 0 nodes"), (heads | {"m0": 1.}, "scores of 17 nodes"), ({"b0": 1., "a0.h0": 2.}, "expected a<layer>"), ({(0, 1): 4.2}, "from_scores"),
+                        (dict(head=torch.zeros(4, 4)), "scores already"), ([(True, 0)], "expected .layer, head."), ([(0, 1.5)], "from_scores"), (dict(nodes=whole, cfg=[1]), None)):
+        if says is None: read_scores(given, sites)
+        else:
+            with pytest.raises(InputError, match=says): read_scores(given, sites)
+
+
+# --- sizes
+
+@pytest.mark.parametrize("scores, keep, neurons, says", [
+    (dict(head=torch.arange(16.).view(4, 4)), .1, 2080, "2,048 others have no score"), (dict(head=torch.arange(16.).view(4, 4)), .85, 2464, "has 2,464 of 2,560"),
+    (dict(mlp=torch.arange(4.)), .3, 512 + 512, "512 others have no score"),
+    (dict(head=torch.arange(16.).view(4, 4), mlp=torch.full((4,), 7.5)), .2, 256, "next node does not fit"),
+    (dict(head=torch.arange(16.).view(4, 4), mlp=torch.full((4,), 3.5)), .15, 384, None), (dict(head=torch.arange(16.).view(4, 4), mlp=torch.full((4,), 3.5)), .16, 384, None),
+    (dict(attention_neuron=torch.zeros(4, 4, 32), mlp_neuron=torch.arange(2048.).view(4, 512)), .9, 2047, "equal"),
+    (dict(attention_neuron=torch.zeros(4, 4, 32), mlp_neuron=torch.arange(2048.).view(4, 512)), 1., 2560, None)])
+def test_a_size_that_whole_nodes_do_not_give_is_said(model, scores, keep, neurons, says):
+    sites = find_sites(model)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        found = from_scores(scores, sites, cut_by_size(scores, sites, keep)).n_neurons()
+    assert found == neurons and len(seen) == (says is not None) and all(says in str(w.message) for w in seen)
 
 
 # --- necessity
@@ -332,6 +457,49 @@ def test_random_circuits_have_as_many_experts(kind):
             if kept.dim() > 1: assert torch.equal(kept.flatten(1).sum(-1), other.kept[level].flatten(1).sum(-1)), level
         for found, c in zip(sizes, (circuit, other)): found.add(tuple(c.experts()))
     assert len(sizes[0]) == 1 < len(sizes[1])
+
+
+def of_levels(sites, kept):
+    "The circuit that keeps these, as zeros and ones"
+    shape = level_shapes(sites, [*kept])
+    return from_kept({l: torch.tensor(v, dtype=torch.bool).expand(shape[l]) for l, v in kept.items()}, sites)
+
+
+@pytest.mark.parametrize("how, kept", [
+    ("over all layers", dict(mlp=[1, 0, 1, 0])), ("over all layers", dict(attention=[0, 1, 1, 0])), ("in each layer", dict(mlp_output=[1] * 32 + [0] * 96)),
+    ("in each layer", dict(head=[[1, 1, 1, 1], [1, 1, 0, 1], [0] * 4, [0] * 4])), (NO_OTHER, dict(block=[0, 0, 0, 0])), (NO_OTHER, dict(attention=[0, 0, 0, 0])),
+    (NO_OTHER, dict(mlp=[0, 0, 0, 0]))], ids=lambda v: "-".join(v) if isinstance(v, dict) else v.replace(" ", "_"))
+def test_a_random_circuit_is_never_the_circuit_itself(model, how, kept):
+    circuit = of_levels(find_sites(model), kept)
+    said, others = drawn_like(circuit, 12, np.random.default_rng(0))
+    others = [*others]
+    assert said == how and len(others) == (0 if how == NO_OTHER else 12)
+    for other in others:
+        assert other != circuit
+        for level in ("head", "mlp", "attention_neuron", "mlp_neuron"): assert other.counts()[level] == circuit.counts()[level], level
+
+
+@pytest.mark.parametrize("how, kept", [("over all layers", dict(mlp=[1, 0, 1, 0])), (NO_OTHER, dict(mlp=[0, 0, 0, 0]))])
+def test_tests_and_controls_say_how_random_circuits_were_matched(model, examples, how, kept):
+    circuit, given = of_levels(examples.sites, kept), dict(draws=4, most=4, progress=False)
+    tests = hypotheses(circuit, model, examples, shuffles=9, **given).table.set_index("question")
+    marks = controls(circuit, model, examples, examples, shares=(1.,), **given)
+    for question in ("sufficiency", "partial necessity"): assert how in tests["statistic"][question]
+    if how == NO_OTHER:
+        assert marks.not_measured == {"random circuits": NO_OTHER} and NO_OTHER in repr(marks)
+        assert "not tested" in tests["said"]["sufficiency"] and np.isnan(tests["p"]["sufficiency"])
+    else: assert marks.others.set_index("control")["matched"]["random circuits"] == how
+    assert len(marks.others) == (3 if how == NO_OTHER else 4)
+
+
+def test_experts_that_are_all_open_or_closed_change_layers():
+    sites = find_sites(tiny("mixtral"))
+    expert = torch.zeros(level_shapes(sites)["expert"], dtype=torch.bool)
+    expert[0] = True
+    circuit = from_kept(dict(expert=expert), sites)
+    how, others = drawn_like(circuit, 3, np.random.default_rng(0))
+    assert how == "over all layers"
+    for other in others: assert other != circuit and other.counts() == circuit.counts()
 
 
 # --- controls
