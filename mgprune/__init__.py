@@ -5,11 +5,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mgprune import tasks
+from mgprune.applied import next_tokens
 from mgprune.circuit import Circuit
 from mgprune.evaluation import evaluate
 from mgprune.many import discover_all
 from mgprune.models import load_model
 from mgprune.planning import plan
+from mgprune.recipe import Recipe
 from mgprune.streams import prepare
 from mgprune.training import discover, sweep
 
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
     from mgprune.edge_search import edges
     from mgprune.graph import Graph
 
-__all__ = ["load_model", "tasks", "discover", "discover_all", "plan", "sweep", "Circuit", "evaluate", "prepare", "edges", "Graph"]
+__all__ = ["load_model", "tasks", "next_tokens", "discover", "discover_all", "plan", "sweep", "Recipe", "Circuit", "evaluate",
+           "prepare", "edges", "Graph"]
 
 LATER = dict(edges="mgprune.edge_search", Graph="mgprune.graph")  # they draw, and what draws is slow to load
 

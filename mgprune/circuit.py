@@ -10,7 +10,8 @@ import base64, html, json, re, warnings
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 
@@ -24,7 +25,8 @@ from .hooks import Host, host_of
 from .models import Model
 from .objective import Over
 from .sites import Sites
-from .tree import LEVELS, NEURONS, ByLevel, SiteMasks, check_values, close, level_shapes, lowest, n_nodes, site_masks
+from .tree import (LEVELS, NEURONS, TREE, ByLevel, SiteMasks, at_level, check_values, close, held_by, level_shapes,
+                          lowest, n_nodes, site_masks)
 
 # %% ../nbs/18_circuit.ipynb #ee1649e5
 if TYPE_CHECKING:
@@ -147,6 +149,12 @@ class Circuit:
     def masks(self) -> SiteMasks:
         "The circuit as masks of zeros and ones, on the CPU"
         return site_masks({l: k.float() for l, k in self.kept.items()}, self.sites)
+
+    def without(self,
+        **nodes: Any,  # level -> its nodes to close, such as head=[(0, 3)] or mlp=[0, 2]
+    ) -> "Circuit":
+        "The circuit with some nodes closed, and all that they hold; its provenance says which, and measures nothing yet"
+        return knocked_out(self, nodes)
 
     def save(self,
         path: str | Path,  # of the file, such as "ioi.json"; its ending is added where it is missing
@@ -274,15 +282,27 @@ class Circuit:
 CircuitFirst = Annotated[Circuit, "a Circuit: the circuit comes first, then its model"]
 
 # %% ../nbs/18_circuit.ipynb #32637560
+SPOKEN = {"mlp": "an MLP", "head": "a head", "expert": "an expert", "edge": "an edge"}  # parts that trimming tries
+
+def spoken(
+    kind: str,  # of a part, such as "mlp" or "neurons of mlp"
+) -> str:
+    "What is said of the kind"
+    start, _, node = printable(kind).rpartition(" of ")
+    part = SPOKEN.get(node, node)
+    return f"some {start} of {part}" if start else part
+
 def needed(
     circuit: Circuit,  # any
 ) -> str:
     "What each part of it is needed for, if it was trimmed"
-    trimmed = circuit.provenance.trimmed or {}
-    least = [f"{printable(kind)} {min(by.values()):.2g}" for kind, by in trimmed.get("over", {}).items() if by]
-    known = "" if trimmed.get("sure") else ", by an estimate"
-    untried = f"; {trimmed['untried']} heads, MLPs or tenths untried" if trimmed.get("untried") else ""
-    return f"over its budget, in nats, if one is ablated alone, at least{known}: {', '.join(least)}{untried}" if least else ""
+    trimmed, asked = circuit.provenance.trimmed or {}, circuit.provenance.settings or {}
+    least = [f"{spoken(kind)} by {min(by.values()):.2g}" for kind, by in trimmed.get("over", {}).items() if by]
+    what = "KL" if asked.get("faithfulness") is None else "KL or faithfulness"
+    guess = "" if trimmed.get("sure") else " (an estimate)"
+    untried = f"; {trimmed['untried']} heads, MLPs or tenths of their neurons were not tried" if trimmed.get("untried") else ""
+    said = f"ablated alone, the least important part of each kind puts {what} over the budget{guess}: {', '.join(least)}{untried}"
+    return said if least else ""
 
 # %% ../nbs/18_circuit.ipynb #2afc1699
 FIRST = dict(  # the measures to read first, with what they mean
@@ -386,6 +406,44 @@ def full_circuit(
     >>> full_circuit(circuit.sites).n_neurons()
     2560"""
     return from_kept({"block": torch.ones(sites.n_layers, dtype=torch.bool)}, sites, **rest)
+
+# %% ../nbs/18_circuit.ipynb #60b8a21b
+def places(
+    nodes: Any,               # as a user gives them
+    level: str,               # that they are of
+    shape: tuple[int, ...],   # of the level's tensor
+) -> list[tuple[int, ...]]:
+    "The nodes as (layer, ...); what this model does not have is refused"
+    numbered = f"({', '.join(['layer', *TREE[level].axes])})" if len(shape) > 1 else "layer"
+    said = f"expected a list of {TREE[level].spoken} nodes, each as {numbered}, below {' and '.join(map(str, shape))}"
+    if not isinstance(nodes, (list, tuple, set, frozenset, range)): raise InputError(f"{level}={shown(nodes)}: {said}")
+    found = [node if isinstance(node, (tuple, list)) else (node,) for node in nodes]
+    for node in found:
+        whole = all(isinstance(i, Integral) and not isinstance(i, bool) for i in node)
+        fits = whole and len(node) == len(shape) and all(0 <= i < n for i, n in zip(node, shape))
+        if not fits: raise InputError(f"{level}={shown(nodes)}: there is no {shown(node[0] if len(node) == 1 else node)}; {said}")
+    return [tuple(map(int, node)) for node in found]
+
+def knocked_out(
+    circuit: Circuit,          # any
+    nodes: Mapping[str, Any],  # level -> nodes to close
+) -> Circuit:
+    "The circuit with the nodes closed, and all that they hold"
+    kept, sites, closed = dict(circuit.kept), circuit.sites, {}
+    known = {l: s for l, s in level_shapes(sites, LEVELS).items() if any(f in kept for f in held_by(l))}
+    for level, given in nodes.items():
+        if level not in known: raise InputError(f"{level}={shown(given)}: expected nodes of a level, one of {', '.join(known)}")
+        closed[level] = places(given, level, known[level])
+        gone = torch.zeros(known[level], dtype=torch.bool)
+        for place in closed[level]: gone[place] = True
+        for finest in [f for f in held_by(level) if f in kept]:
+            kept[finest] = kept[finest] & ~at_level(gone, level, finest, sites)
+    if not any(closed.values()): return circuit
+    before = circuit.provenance
+    said = [*before.notes.get("without", []), {level: [[*place] for place in of] for level, of in closed.items() if of}]
+    notes = before.notes | {"without": said}
+    about = replace(before, notes=notes, metrics=None, trimmed=None, history=None, seconds=None, peak_mb=None)
+    return from_kept(kept, sites, scores=circuit.scores, provenance=about)
 
 # %% ../nbs/18_circuit.ipynb #f9baffe0
 @checked

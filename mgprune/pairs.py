@@ -132,7 +132,7 @@ def pieces(
     model: Any,  # a model from load_model, or a tokenizer
     text: Text,  # any text
 ) -> tuple[str, ...]:
-    """The text as its tokens part it
+    """The text cut up into its tokens
 
     See also `one_token`.
     >>> "".join(pieces(model, "While Mary"))
@@ -343,7 +343,7 @@ class Reader:
     ) -> tuple[list[int], list[int], list[int], list[int]]:
         "Token ids of the clean and the corrupt prompt, of the right answers and of the wrong ones"
         expect(pair, "pair", Pair)
-        clean, corrupt = self._prompt("clean", pair.clean), self._prompt("corrupt", pair.corrupt)
+        clean, corrupt = self.prompt("clean", pair.clean), self.prompt("corrupt", pair.corrupt)
         if len(clean) != len(corrupt): raise _unequal(pair, clean, corrupt, self.tokenizer)
         # a token counts once
         answer, wrong = ([*dict.fromkeys(map(self._answer, texts))] for texts in (pair.answer, pair.wrong))
@@ -352,7 +352,7 @@ class Reader:
                               f"{in_pieces(both, self.tokenizer)} is given as correct and as wrong; keep one")
         return clean, corrupt, answer, wrong
 
-    def _prompt(self, which: str, text: str) -> list[int]:
+    def prompt(self, which: str, text: str) -> list[int]:
         ids = read_prompt(text, self.tokenizer)
         if not ids: raise _unfit("an empty prompt", f"the {which} prompt has no tokens; expected a text")
         if len(ids) > self.longest: raise _unfit("a prompt that is too long", (
@@ -369,7 +369,7 @@ class Reader:
         return self.known[text]
 
 # %% ../nbs/06_pairs.ipynb #bf31ad57
-SKIPPABLE = "\nMend this, or leave it out with skip=True"
+SKIPPABLE = "\nChange such pairs, or leave them out with skip=True"
 
 def _report(unfit: list[tuple[str, InputError]], count: int) -> str:
     "What is wrong with how many of so many pairs"

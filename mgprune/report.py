@@ -7,7 +7,8 @@ __all__ = ['report']
 
 # %% ../nbs/42_report.ipynb #2c1c67d7
 import base64, json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,8 +28,8 @@ from .hypotheses import Hypotheses, hypotheses
 from .models import Model, tokenizer_of
 from .necessity import Necessity, necessity
 from .plots import Picture, as_png, literal
-from .streams import Pairs, logits_of, prepare_for, task_of
-from .worth import WIDEST, By, Confidence, Worth, slots_of, worth_of
+from .streams import Examples, Pairs, logits_of, prepare_for, task_of
+from .worth import WIDEST, By, Confidence, Worth, labels, slots_of, worth_of
 
 # %% ../nbs/42_report.ipynb #f7d5f98d
 def beside(
@@ -52,6 +53,14 @@ def faithful(
     "The verdict on faithfulness"
     return FAITHFUL[beside(low, high, bound)].format(bound)
 
+def to_ask(
+    low: float,    # end of the interval of faithfulness
+    high: float,   # the other
+    bound: float,  # faithfulness that is asked for
+) -> str:
+    "How to ask a search for that faithfulness, where a circuit does not have it"
+    return f"discover(..., faithfulness={1 - bound:.2g}) holds it" if beside(low, high, bound) == "below" and bound < 1 else ""
+
 # %% ../nbs/42_report.ipynb #96e883af
 def on_faithfulness(
     found: Worth,           # of the circuit
@@ -60,7 +69,9 @@ def on_faithfulness(
 ) -> list[dict[str, str]]:
     "Verdicts on faithfulness and on what it depends on"
     f, kl, worst = found.row("faithfulness"), found.row("kl"), found.worst(1).iloc[0]
+    ask = to_ask(f["low"], f["high"], bound)
     said = f"{faithful(f['low'], f['high'], bound)} ({f['value']:.3f}, {f['low']:.3f} to {f['high']:.3f})"
+    if ask: said += f"; {ask}"
     others = ablations[ablations["faithfulness"].notna()]
     verdicts = others["verdict"].unique()
     same = f"the same under {len(others)} ablations" if len(verdicts) == 1 else "it depends on the ablation"
@@ -119,8 +130,10 @@ def on_controls(
 ) -> list[dict[str, str]]:
     "Verdicts on nodes opened again and on what a small divergence is worth"
     rises = found.reopened[found.reopened["rises"].astype(bool)]
-    ways = ", ".join(f"{share:.0%} {how}" for how, share in zip(rises["chosen"], rises["share"]))
-    said = f"it rises with {ways}" if ways else "no rise seen" if len(found.reopened) else "there is nothing outside"
+    shares = {how: ", ".join(f"{share:.0%}" for share in of) for how, of in rises.groupby("chosen")["share"]}
+    ways = "; ".join(f"{of} of them, chosen {how}" for how, of in shares.items())
+    said = (f"no: the divergence rises with neurons outside open again: {ways}" if ways else
+            "no rise seen" if len(found.reopened) else "there is nothing outside")
     others = found.others.set_index("control")
     words = "; ".join(f"{name} {row['kept']:.1%}" for name, row in others.iterrows())
     if "random circuits" in others.index:
@@ -234,6 +247,7 @@ class Report:
     title: str                # what was measured
     bound: float              # faithfulness that was asked for
     worth: Worth              # every measure with its uncertainty
+    groups: int | None        # of pairs that count as drawn together; None: each pair by itself
     ablations: pd.DataFrame   # a row for each ablation
     necessity: Necessity      # the complement, sets of nodes, what each adds
     hypotheses: Hypotheses    # five tests
@@ -259,16 +273,23 @@ class Report:
         return written(self, path)
 
 # %% ../nbs/42_report.ipynb #6afe6f72
+FEW_GROUPS = 30  # below this, intervals are wide for their groups alone
+
 def opening(
     report: Report,  # any
 ) -> list[str]:
     "The sentences of the first screen"
     f, (low, high) = report.worth.row("faithfulness"), report.necessity.interval
-    drawn = f" in groups by {report.worth.clusters}" if report.worth.clusters else ""
+    drawn = f" in {report.groups} groups by {report.worth.clusters}" if report.groups else ""
+    ask, hints = to_ask(f["low"], f["high"], report.bound), []
+    if report.groups and report.groups < FEW_GROUPS: hints.append(
+        f"Pairs with the same {report.worth.clusters} are alike, so the intervals count {report.groups} groups, not "
+        f"{f['pairs']} pairs: so few leave much room, even where every pair is correct")
+    if ask: hints.append(f"A search can be asked for {report.bound:.0%}: {ask}")
     under = [f"under {a}: {v}" for a, v in zip(report.ablations["ablation"], report.ablations["verdict"])]
     return [f"Faithfulness {f['value']:.3f}, {report.worth.confidence:.0%} interval {f['low']:.3f} to {f['high']:.3f}, on "
-            f"{f['pairs']} pairs{drawn}, closed nodes as under {report.worth.ablation}",
-            f"Faithfulness of the complement {report.necessity.faithfulness:.3f}, {low:.3f} to {high:.3f}", *under]
+            f"{f['pairs']} pairs{drawn}, nodes outside ablated by {report.worth.ablation!r}",
+            f"Faithfulness of the complement {report.necessity.faithfulness:.3f}, {low:.3f} to {high:.3f}", *hints, *under]
 
 def worst_of(
     report: Report,  # any
@@ -358,6 +379,20 @@ def written(
     "Write the report as what the name of the file says, and return its path"
     return written_as(report, path, WRITERS)
 
+# %% ../nbs/42_report.ipynb #0d1a1d23
+def groups_of(
+    found: Worth,        # of a circuit
+    by: Any,             # groups of pairs to tell apart, as in worth
+    examples: Examples,  # the pairs
+    tokenizer: Any,      # that reads them
+    slots: Mapping[str, list[Any]],  # from slots_of
+) -> int | None:
+    "How many groups the pairs are that count as drawn together; None: each pair by itself"
+    if found.clusters is None: return None
+    own = labels(by, examples, tokenizer, slots)
+    values = own if found.clusters in own else labels((found.clusters,), examples, tokenizer, slots)
+    return len({*map(repr, values[found.clusters])})
+
 # %% ../nbs/42_report.ipynb #587a0dc9
 def with_verdicts(
     table: pd.DataFrame,  # from under_ablations
@@ -369,6 +404,15 @@ def with_verdicts(
     found.insert(1, "verdict", [faithful(low, high, bound) for low, high in ends])
     found.attrs["agree"] = table.attrs["agree"]
     return found
+
+# %% ../nbs/42_report.ipynb #6de9a6db
+def answered(
+    report: Report,  # without verdicts
+) -> Report:
+    "The report with a verdict on each question"
+    rows = [*on_faithfulness(report.worth, report.ablations, report.bound), *on_necessity(report.necessity),
+            *on_hypotheses(report.hypotheses), *on_controls(report.controls)]
+    return replace(report, verdicts=pd.DataFrame(rows))
 
 # %% ../nbs/42_report.ipynb #52d60e40
 @checked
@@ -406,7 +450,7 @@ def report(
         against = part("controls", controls(circuit, model, task, other, draws=max(1, few // 4), ablation=examples.ablation,
                                             **shared))
         curve = part("ranking", mib_curve(circuit.scores, model, examples, "neuron") if circuit.scores else None)
-    rows = [*on_faithfulness(found, table, bound), *on_necessity(without), *on_hypotheses(tests), *on_controls(against)]
     name = circuit.provenance.get("model") or type(model).__name__
     title = f"Circuit of {name} for {getattr(task, 'name', None) or circuit.provenance.get('task') or 'these pairs'}"
-    return Report(title, bound, found, table, without, tests, against, curve, pd.DataFrame(rows))
+    groups = groups_of(found, by, examples, tokenizer_of(model), slots_of(task))
+    return answered(Report(title, bound, found, groups, table, without, tests, against, curve, pd.DataFrame()))

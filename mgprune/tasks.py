@@ -8,6 +8,7 @@ __all__ = ['BUILT_IN', 'Task', 'Drawn', 'templated', 'ioi', 'greater_than', 'gen
 
 # %% ../nbs/10_tasks.ipynb #c12e06ee
 import random, warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -105,7 +106,7 @@ def _warn_shared(task: Task, said: str) -> None:
 
 # %% ../nbs/10_tasks.ipynb #4027fb35
 def _check(task: Task) -> None:
-    "Refuse parts that share a prompt or tell nothing, and warn of pairs that can hardly be meant"
+    "Refuse parts that share a prompt or tell nothing, and warn of pairs that show little"
     said = f"task {shown(task.name)}"
     for split in SPLITS:
         if not getattr(task, split): raise InputError(
@@ -128,7 +129,7 @@ def _starts_twice(batch: Batch, special: set[int]) -> int:
     return sum(len(two) == 2 and two[0] == two[1] and two[0] in special for two in firsts)
 
 def _doubts(pairs: Sequence[Pair], batches: Iterable[Batch], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    "What can hardly be meant, and in how many pairs"
+    "Why pairs show little, and in how many it is so"
     answers, special = {}, {*tokenizer.all_special_ids}
     for pair in pairs: answers.setdefault(pair.clean, set()).add(frozenset(pair.answer))
     same_answer = (p.clean != p.corrupt and frozenset(p.answer) in answers.get(p.corrupt, ()) for p in pairs)
@@ -324,7 +325,7 @@ def templated(
     hold_out: HoldOut = "words",  # what no two parts share: these words, templates, both, or as little as clean prompts alone
     letters: bool = False,     # single letters in a row are meant; where False, a tokenizer that spells words out is refused
 ) -> Task:
-    """A task from templates of your own, filled by a draw and changed by a corruption
+    """A task from templates of your own, which one function fills and another changes
 
     Raises `InputError` for a slot without a word, or too few different prompts.
     See also `from_pairs`, `Drawn`."""
@@ -750,7 +751,8 @@ def _joined(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> str | None:
         together, prompt = where_they_part(whole, ids, tokenizer)
         return (f"together with its answer {shown(pair.answer[0])} the prompt is read as {together}, not as {prompt} and the "
                 "answer: a space belongs to the answer, not to the end of the prompt")
-    joined = [a for a in pair.answer + pair.wrong if a[:1].isalpha() and pair.clean[-1:].isalpha()]
+    def follows(a): return a[:1].isalpha() or a[:1].isdigit() and answer_id(f" {a}", tokenizer) is not None
+    joined = [a for a in pair.answer + pair.wrong if pair.clean[-1:].isalpha() and follows(a)]
     if joined: return (f"answer {shown(joined[0])} would go on in the middle of the word {shown(pair.clean.split()[-1])}; "
                        f"a new word is written {shown(' ' + joined[0])}")
 
@@ -758,6 +760,32 @@ def _warn_joined(found: list[tuple[str, Pair]], tokenizer: PreTrainedTokenizerBa
     "Warn of such pairs, in one message"
     joined = [(where, problem) for where, pair in found if (problem := _joined(pair, tokenizer))]
     if joined: warnings.warn(f"{joined[0][0]}: {joined[0][1]}. So in {len(joined)} of {len(found)} pairs", stacklevel=4)
+
+# %% ../nbs/10_tasks.ipynb #ef44dd47
+def _in_letters(word: str, first: bool, tokenizer: PreTrainedTokenizerBase) -> bool:
+    "Whether a word of three letters or more has a token for each letter; capitals alone are an abbreviation"
+    word = word.strip(".,;:!?\"'()[]")
+    cased = word.isalpha() and word.lower() != word.upper() and not word.isupper()
+    if not cased or len(word) < 3: return False
+    ids = plain_ids(word if first else f" {word}", tokenizer)
+    return sum(bool(text_of([i], tokenizer).strip()) for i in ids) >= len(word)
+
+def _warn_letters(name: str, pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase) -> None:
+    "Warn where most prompts have a word that the tokenizer spells out"
+    known: dict[tuple[str, bool], bool] = {}
+    def spelt(pair: Pair) -> list[tuple[str, bool]]:
+        words = [(word, n == 0) for text in (pair.clean, pair.corrupt) for n, word in enumerate(text.split())]
+        for word in words:
+            if word not in known: known[word] = _in_letters(*word, tokenizer)
+        return [word for word in words if known[word]]
+    found = [words[0] for pair in pairs if (words := spelt(pair))]
+    if 2 * len(found) <= len(pairs): return
+    word, first = Counter(found).most_common(1)[0][0]
+    read = in_pieces(plain_ids(word if first else f" {word}", tokenizer), tokenizer)
+    warnings.warn(
+        f"task {shown(name)}, {len(found)} of {len(pairs)} pairs: the tokenizer spells words of the prompt out in letters, such "
+        f"as {shown(word)}, read as {read}. The model has hardly seen them. Use words that it knows: tasks.word_pool(model) has "
+        "some, tasks.one_token(model, words) says which of yours are one token", stacklevel=4)
 
 # %% ../nbs/10_tasks.ipynb #36cf19ad
 @checked
@@ -785,6 +813,7 @@ def from_pairs(
     if not found: raise InputError(f"no pairs; expected at least {len(SPLITS)}, each with {', '.join(FIELDS)}")
     _warn_joined(found, reader.tokenizer)
     name = name or (Path(pairs).stem if isinstance(pairs, (str, Path)) else "own pairs")
+    _warn_letters(name, [pair for _, pair in found], reader.tokenizer)
     (train, valid, test), held = _divide([pair for _, pair in found], index(seed), hold_out)
     if held != hold_out: warnings.warn(
         f"task {shown(name)}: nearly all pairs are linked by prompts that are clean in one and corrupt in another, so that its "

@@ -7,6 +7,7 @@ __all__ = ['discover', 'sweep']
 
 # %% ../nbs/28_training.ipynb #972e1f51
 import math, sys, time, warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -17,14 +18,14 @@ import psutil
 import torch
 
 from .ablations import name_of
-from .arguments import InputError, Seed, Share, checked, printable
+from .arguments import InputError, Seed, Share, checked, printable, shown
 from .circuit import Circuit, Provenance, from_scores
 from .evaluation import DIVERGENCES, SIZES, Within, at_share, cut_by_kl, cut_by_size, cuts, in_nats, measured
 from .gates import Sigmoid
 from .hooks import Host
 from .models import Model
 from .objective import Over, divergence, is_right, set_logits
-from .pairs import Batch
+from .pairs import Batch, text_of
 from .planning import outlined
 from .processes import first_does, together
 from .recipe import Asked, Behaviour, Gate, Goal, Prices, Recipe, goal_of, relative
@@ -227,6 +228,25 @@ def sweep(
         for asked, circuit in zip(goal.budgets, circuits): check_held(circuit, asked, goal)
         return circuits
 
+# %% ../nbs/28_training.ipynb #5715f67a
+def instead(
+    task: Task,          # whose tokenizer reads the answers
+    examples: Examples,  # its pairs on the model
+) -> str:
+    "What the full model says most often where it does not say a right answer, and whether a space is all the difference"
+    batch, likeliest = examples.batch, examples.full.argmax(-1)
+    def follows(i, last): return text_of([last, i], task.tokenizer)[len(text_of([last], task.tokenizer)):]
+    rows = zip(likeliest.tolist(), batch.answer.tolist(), batch.clean[:, -1].tolist())
+    said = [(follows(i, last), [follows(a, last) for a in answers if a >= 0]) for i, answers, last in rows if i not in answers]
+    if not said: return ""
+    spaced = Counter((text, a) for text, answers in said for a in answers if text != a and text.strip() == a.strip())
+    if 2 * spaced.total() >= len(said):
+        (text, answer), _ = spaced.most_common(1)[0]
+        slip = "was the space before the answer forgotten?" if text[:1].isspace() else "is there a space too many?"
+        return f": it answers {shown(text)} instead of {shown(answer)}, so in {spaced.total()} of {len(examples)} pairs; {slip}"
+    (text, n), = Counter(text for text, _ in said).most_common(1)
+    return f": it answers something else, most often {shown(text)}, in {n} of {len(examples)} pairs"
+
 # %% ../nbs/28_training.ipynb #bae40f3a
 def check_task(
     task: Task,          # the behaviour
@@ -254,11 +274,11 @@ def check_task(
         f"with KL {closed:.3g}{among}", flush=True)
     for wrong, says in (
         (accuracy < 0.7,
-         f"the model is correct on only {accuracy:.0%} of the pairs: a circuit would explain its mistakes. Choose pairs that "
-         f"it can do"),
+         f"the model is correct on only {accuracy:.0%} of the pairs{instead(task, examples)}. A circuit would explain its "
+         "mistakes: choose pairs that it can do"),
         (probability < 0.05,
-         f"correct answers have a probability of only {probability:.2g}: the model answers something else, and a circuit would "
-         "explain which of two unlikely tokens is less unlikely. Choose prompts that the model goes on with one of the answers"),
+         f"correct answers have a probability of only {probability:.2g}{instead(task, examples)}. A circuit would explain which "
+         "of two unlikely tokens is less unlikely: choose prompts that the model goes on with one of the answers"),
         (corrupted > accuracy - 0.05,
          f"{where} the model is correct on {corrupted:.0%}, as on the clean ones ({accuracy:.0%}): "
          f"what makes it correct is not what {what} takes away. Choose {choose} that changes the answer"),

@@ -542,6 +542,18 @@ def test_report_says_what_its_parts_say(tmp_path, model):
     assert all(row["not_shown"] for row in data["verdicts"])
 
 
+def test_report_says_how_to_ask_for_what_the_circuit_lacks(model):
+    task, sites = tasks.gendered_pronoun(model, n=(16, 8, 12)), find_sites(model)
+    circuit = from_kept(dict(head=torch.eye(4, dtype=torch.bool), mlp=torch.zeros(4, dtype=torch.bool)), sites)
+    found = report(circuit, model, task, draws=2, most=4, ablations=("corrupt",), clusters="template", bound=.8)
+    lacks = found.worth.row("faithfulness")["high"] < .8
+    asked = "discover(..., faithfulness=0.2) holds it"
+    assert lacks and asked in found.verdicts["verdict"][0] and any(asked in line for line in found.first())
+    templates = len({pair.slots["template"] for pair in task.test})
+    assert found.groups == templates and f"in {templates} groups by template" in found.first()[0]
+    assert report(circuit, model, task, draws=2, most=4, ablations=("corrupt",), clusters=None).groups is None
+
+
 def test_report_on_a_mixture_of_experts(model):
     config = AutoConfig.for_model("mixtral", **SPECIAL | TINY["mixtral"] | dict(vocab_size=len(model.tokenizer)))
     torch.manual_seed(0)

@@ -90,6 +90,35 @@ def test_links_lead_to_notebooks(path):
             assert (path.parent / target).is_file(), f"cell {cell['id']} links to {target}"
 
 
+LEFT_OUT = ("ioi_smollm2.ipynb", "larger_models.ipynb")  # tutorials that have longer sentences still
+READ_FIRST = [ROOT / "nbs" / "index.ipynb", ROOT / "nbs" / "questions.ipynb",
+              *(p for p in NOTEBOOKS if p.parent.name == "tutorials" and p.name not in LEFT_OUT)]
+
+
+def sentences(text):
+    "The sentences of Markdown prose: a link is its words, code is one word, and blocks of code and lists of links are none"
+    text = re.sub(r"(?ms)^```.*?^```$", "", text)
+    blocks = re.split(r"\n\s*\n|\n(?=[ \t]*(?:[-*|#>]|\d+\.)[ \t]?)", text)
+    for block in [cell for block in blocks for cell in (block.split("|") if block.lstrip().startswith("|") else [block])]:
+        if re.fullmatch(r"\s*(\[[^\]]*\]\([^)]*\)[\s,]*)+", block): continue
+        block = re.sub(r"`[^`]*`", "code", re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", block))
+        yield from re.split(r"(?<=[.!?])[*_)\"']*\s+", " ".join(block.split()))
+
+
+def n_words(sentence): return len(re.findall(r"[^\W_][\w'’.,%-]*", sentence))
+
+
+def test_a_sentence_is_counted_as_a_reader_does():
+    text = "One two `three four`. *Five six!* [Seven eight](nine.ipynb)\n\n- ten: eleven\n- 12 %\n\n```sh\nno prose\n```\n| [a b](c), [d](e) | f g |"
+    assert [n_words(s) for s in sentences(text) if n_words(s)] == [3, 2, 2, 2, 1, 2]
+
+
+@pytest.mark.parametrize("path", READ_FIRST, ids=lambda p: p.stem)
+def test_sentences_that_newcomers_read_are_short(path):
+    found = [(cell["id"], s) for cell in cells(path, "markdown") for s in sentences(cell["source"]) if n_words(s) > 30]
+    assert not found, "\n".join(f"cell {name}, {n_words(s)} words: {s}" for name, s in found)
+
+
 # --- the saved outputs
 
 @notebooks

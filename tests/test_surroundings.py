@@ -17,6 +17,7 @@ from mgprune.passes import answer_logits, circuit_logits, record
 from mgprune.recipe import Recipe
 from mgprune.sites import find_sites
 from mgprune.streams import prepare
+from mgprune.training import instead
 
 QUICK = Recipe(steps=20, confidence=None)
 
@@ -278,6 +279,23 @@ def test_good_pairs_are_not_warned_about(model, task, capsys):
 def test_answers_that_the_model_hardly_gives(model, task, capsys):
     unlikely = [row | dict(answer=" garden", wrong=(" zoo",)) for row in rows(task)]
     assert "probability of only" in searched(model, unlikely, capsys)[1]
+
+
+def test_an_unlikely_answer_is_said_with_what_the_model_says_instead(model, task, capsys):
+    unlikely = [row | dict(answer=" garden", wrong=(" zoo",)) for row in rows(task)]
+    assert "it answers something else, most often ' " in searched(model, unlikely, capsys)[1]
+
+
+@pytest.mark.parametrize("said, answer, slip", [(" 17", "17", "was the space before the answer forgotten?"), ("17", " 17", "is there a space too many?")])
+def test_a_slip_of_the_space_is_named(model, task, said, answer, slip):
+    own = tasks.from_pairs(model, [row | dict(answer=answer, wrong=(" zoo",)) for row in rows(task)])
+    examples = prepare(model, own, "train")
+    full = torch.full_like(examples.full, -30.)
+    full[:, tasks.answer_id(said, model)] = 0
+    found = instead(own, replace(examples, full=full))
+    assert found == f": it answers {said!r} instead of {answer!r}, so in {len(examples)} of {len(examples)} pairs; {slip}"
+    full[:, tasks.answer_id(answer, model)] = 1
+    assert instead(own, replace(examples, full=full)) == ""
 
 
 def test_a_corruption_that_leaves_the_model_right(model, task, capsys):

@@ -801,7 +801,30 @@ def test_records_of_mib_are_read_or_explained():
     with pytest.raises(InputError, match="counterfactuals abc_counterfactual: choose one"): tasks.read_pairs([record])
 
 
-# --- many bad pairs, and pairs that are hardly meant
+# --- words that the tokenizer spells out
+
+@pytest.mark.parametrize("form", ["list", "csv", "jsonl"])
+def test_words_in_letters_are_warned_about_however_the_pairs_come(model, tmp_path, form):
+    rows = [dict(clean=f"Today {a} put on a hauberk, and", corrupt=f"Today {b} put on a hauberk, and", answer=" she", wrong=" he")
+            for a, b in (("Mary", "John"), ("Anna", "Tom"), ("Emma", "Paul"))]
+    given, path = rows, tmp_path / f"armour.{form}"
+    if form == "csv": path.write_text("\n".join(["clean;corrupt;answer;wrong", *(";".join(row.values()) for row in rows)]))
+    if form == "jsonl": path.write_text("\n".join(map(json.dumps, rows)))
+    if form != "list": given = path
+    with pytest.warns(UserWarning, match="3 of 3 pairs: the tokenizer spells words .*'(put|hauberk,)'.*word_pool"): tasks.from_pairs(model, given)
+
+
+@pytest.mark.parametrize("text", ["Today Mary went to the store because", "When {} came to the museum,", "A B C D {} said", "Today {} said XYZ,"])
+def test_other_prompts_are_not_called_spelt_out(model, text):
+    text = text if "{}" in text else text.replace("Mary", "{}")
+    rows = [dict(clean=text.format(a), corrupt=text.format(b), answer=" she", wrong=" he") for a, b in (("Mary", "John"), ("Anna", "Tom"), ("Emma", "Paul"))]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        tasks.from_pairs(model, rows)
+    assert not any("spells words" in str(w.message) for w in seen)
+
+
+# --- many bad pairs, and pairs that show nothing
 
 def test_bad_pairs_are_all_counted_and_can_be_left_out(model):
     bad = [dict(ROWS[0], clean="Then Zoe met"), dict(ROWS[1], answer=" Annabel"), dict(ROWS[2], answer=" Annabel"), 3]

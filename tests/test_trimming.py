@@ -101,9 +101,9 @@ def test_a_found_circuit_is_a_cut_of_its_scores(model, task, tmp_path):
     assert about.trimmed["neurons"] < about.trimmed["before"]
     assert from_scores(circuit.scores, circuit.sites, about.settings["threshold"]) == circuit
     again = Circuit.load(circuit.save(tmp_path / "ioi.json"), model)
-    assert again == circuit and again.provenance.trimmed == about.trimmed and "if one is ablated alone" in repr(again)
+    assert again == circuit and again.provenance.trimmed == about.trimmed and "ablated alone, the least important part" in repr(again)
     whole = discover(model, task, **quick | dict(recipe=Recipe(steps=20, pairs=32, confidence=None, trim=False)))
-    assert whole.n_neurons() == about.trimmed["before"] and whole.provenance.trimmed is None and "closed alone" not in repr(whole)
+    assert whole.n_neurons() == about.trimmed["before"] and whole.provenance.trimmed is None and "ablated alone" not in repr(whole)
 
 
 @pytest.mark.parametrize("levels, finest", [(("head", "mlp"), ()), (("head", "mlp_neuron"), ("mlp_neuron",)), (("block",), ())])
@@ -145,7 +145,7 @@ def test_it_says_what_it_had_no_time_to_try(model, examples, monkeypatch):
     allowed = divergence(circuit, examples).mean().item() + 1e-4
     whole = trimmed(circuit, examples, allowed)
     about = whole.provenance.trimmed
-    assert about["untried"] == 0 and "untried" not in repr(whole)
+    assert about["untried"] == 0 and "not tried" not in repr(whole)
     for level in ("head", "mlp"): assert {*about["over"][level]} == {".".join(map(str, node)) for node in whole.nodes(level)}
     monkeypatch.setattr(trimming, "PASSES", 2)
     monkeypatch.setattr(trimming, "ENOUGH", 0)
@@ -154,4 +154,4 @@ def test_it_says_what_it_had_no_time_to_try(model, examples, monkeypatch):
     named, parts_left = sum(map(len, about["over"].values())), 2 * (len(some.nodes("head")) + len(some.nodes("mlp")))
     assert 0 < about["untried"] <= parts_left - named
     assert divergence(some, examples).mean() <= allowed
-    assert not named or f"{about['untried']} heads, MLPs or tenths untried" in repr(some)
+    assert not named or f"{about['untried']} heads, MLPs or tenths of their neurons were not tried" in repr(some)
