@@ -20,7 +20,7 @@ LOOKED_FOR = {  # what people type -> where it is answered
     "CSV": "tutorials/your_own_task.html#from-a-file", "JSONL": "tutorials/your_own_task.html#from-a-file",
     "own model": "tutorials/larger_models.html", "llama": "supported_models.html", "pythia": "supported_models.html",
     "gpt2": "benchmarks/gpt2.html", "GPT-2": "benchmarks/gpt2.html", "memory": "tutorials/larger_models.html#memory",
-    "out of memory": "tutorials/larger_models.html#memory", "CUDA": "tutorials/larger_models.html#loading",
+    "out of memory": "tutorials/larger_models.html#out-of-memory", "CUDA": "tutorials/larger_models.html#loading",
     "GPU": "tutorials/larger_models.html#loading", "time": "tutorials/larger_models.html#time", "how long": "tutorials/larger_models.html#time",
     "slow": "tutorials/larger_models.html#time", "EAP-IG": "benchmarks/frontier.html", "EAP": "attribution.html", "MIB": "curves.html",
     "TransformerLens": "compared.html", "nnsight": "compared.html", "ACDC": "compared.html", "circuit-tracer": "compared.html",

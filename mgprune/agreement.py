@@ -105,10 +105,10 @@ def optimal(
     model: Model,          # the model that it belongs to
     task: Pairs,           # Task, or its name; its first training pairs are taken. Or pairs, or Examples
     loss: Callable[..., Any] = divergence,  # loss(logits, examples) of each pair that the constants make small; KL as it stands
-    steps: Count = 100,                     # of gradient descent
-    rate: Annotated[float, above(0)] = .05, # step size, in standard deviations of each node
+    steps: Count = 60,                      # of gradient descent
+    rate: Annotated[float, above(0)] = .1,  # step size, in standard deviations of each node
     most: Count = 256,                      # training pairs to fit on
-    batch_size: Count = 64,                 # pairs per step
+    batch_size: Count = 32,                 # pairs per step
     seed: Seed = 0,                         # of the draw of pairs
 ) -> Ablation:  # an ablation, to be given as `ablation=`
     """An ablation with the constants for closed nodes that harm the circuit least on training pairs

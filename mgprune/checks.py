@@ -17,7 +17,7 @@ from .arguments import InputError, checked
 from .compact import LAYOUTS, Layout, Swap, layouts, places_of, product, readers_at, swapped, with_only
 from .experts import Routed, written
 from .hooks import Hook, Host, experts_at, host_of, layer_width, placed
-from .models import Model, adapters_on, frozen, parts_of
+from .models import Model, adapters_on, frozen, is_empty, parts_of
 from .pairs import Batch
 from .passes import Recording, answer_logits, at_mlp, circuit_logits, record, uniform_masks
 from .sites import FAMILIES
@@ -306,10 +306,13 @@ def check_place(
     lacking = [name for name in ("dtype", "device", "get_submodule") if not hasattr(model, name)]
     if lacking: raise InputError(
         f"{type(model).__name__} has no {lacking[0]}: give the Hugging Face model itself, without what is around it")
+    if is_empty(model): raise InputError(
+        f"this {type(model).__name__} has no weights, only their shapes (torch's meta device): plan(model, task) says what "
+        "memory a search would take; to run it, load it with load_model(name) or from_pretrained")
     experts = [p for path in filter(None, host.sites.experts) for p in host.module(path).parameters()]
     if model.device.type == "meta" or any(p.is_meta for p in experts): raise InputError(
         f"the first weights of {type(model).__name__}, or those of its routed experts, are on no device, where they have to be: "
-        "load it with a device_map that gives them one, or in half precision")
+        "load it with a device_map that gives them one, or with fewer bits, such as load_model(name, dtype='bfloat16')")
 
 # %% ../nbs/16_checks.ipynb #d7e20704
 MEANING = {  # of each measured difference that is too large

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load as load_arrays, save as save_arrays
 
 from .arguments import InputError, Must, as_path, between, checked, expect, printable, shown
-from .files import digest, write_file
+from .files import digest, in_code, write_file
 from .gates import is_open
 from .hooks import Host, host_of
-from .models import Model
+from .models import Model, dtype_of
 from .objective import Over
 from .sites import Sites
 from .tree import (LEVELS, NEURONS, TREE, ByLevel, SiteMasks, at_level, check_values, close, held_by, level_shapes,
@@ -48,6 +48,7 @@ class Provenance(Mapping[str, Any]):
     ('ioi', 0)"""
     model: str | None = None        # that it was found in, as it was loaded
     fingerprint: str | None = None  # of the model's weights
+    dtype: str | None = None        # of the model's weights, such as "bfloat16"
     task: str | None = None         # the behaviour
     corruption: str | None = None   # how the corrupt prompts were made
     task_seed: int | None = None    # of the pairs
@@ -164,7 +165,7 @@ class Circuit:
 
     @staticmethod
     def load(
-        path: str | Path,            # of the file that save wrote
+        path: str | Path,            # of the file that save wrote, or of the folder that the command line wrote
         model: Model | None = None,  # the model to use it on; None loads without the check
     ) -> "Circuit":
         "Read a circuit from disk; damaged and inconsistent files, and a model with other weights, are refused"
@@ -311,6 +312,14 @@ FIRST = dict(  # the measures to read first, with what they mean
     accuracy="share of prompts correct")
 ANSWERS = "nats, with the tokens in three classes: correct, wrong, any other"
 OTHERS = dict(full="full model", closed="fully ablated")  # what a measure is compared with
+
+def how_to_load(
+    circuit: Circuit,  # any
+    model: str,        # name that it was found in
+) -> str:
+    "How its model is loaded, as Python"
+    dtype = circuit.provenance.dtype
+    return f"load_model({in_code(model)}{'' if dtype in (None, 'float32') else f', dtype={in_code(dtype)}'})"
 
 def title(
     circuit: Circuit,  # any
@@ -565,10 +574,11 @@ def check_model(
     host: Host,        # the model to use it on, with its sites
 ) -> None:
     "Refuse a model whose weights are not those that the circuit was found on, where it says which these are"
-    wanted = circuit.provenance.fingerprint
+    wanted, was, now = circuit.provenance.fingerprint, circuit.provenance.dtype, dtype_of(host.model)
+    differs = f" It was found in {printable(was)} and this model is in {now}." if was and was != now else ""
     if wanted and wanted != host.fingerprint: raise InputError(
         f"this circuit belongs to {shown(circuit.provenance.model)} with fingerprint {printable(wanted)}; the given "
-        f"model's is {host.fingerprint}. "
+        f"model's is {host.fingerprint}.{differs} "
         "Load the model that it was found on, with the same dtype and the same adapters switched on")
     check_sites(circuit, host.sites)
 
@@ -588,6 +598,13 @@ def json_path(
     path = as_path(path)
     if path.name in ("", ".."): raise InputError(f"path={shown(str(path))}: expected the name of a file, such as 'ioi.json'")
     return path if path.name.lower().endswith(".json") else path.with_name(path.name + ".json")
+
+def place_of(
+    path: str | Path,  # of a circuit's file, or of the folder that the command line or to_folder wrote
+) -> Path:
+    "The file to read"
+    folder, file = as_path(path), json_path(path)
+    return folder / "circuit.json" if folder.is_dir() and not file.is_file() else file
 
 def check_replaceable(
     path: Path,  # of a file that may be there
@@ -746,11 +763,11 @@ def save(
 # %% ../nbs/18_circuit.ipynb #c7d054c3
 @checked
 def load(
-    path: str | Path,            # of the file that save wrote
+    path: str | Path,            # of the file that save wrote, or of the folder that the command line wrote
     model: Model | None = None,  # the model to use it on; None loads without the check
 ) -> Circuit:
     "Read a circuit from disk; damaged and inconsistent files, and a model with other weights, are refused"
-    path = json_path(path)
+    path = place_of(path)
     data, arrays = read_json(path)
     try:
         check_provenance(data.get("provenance"))

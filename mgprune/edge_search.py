@@ -19,7 +19,7 @@ from .edge_pass import FRAMES, Wires, logits_with, path_slopes, prepare_edges, w
 from .evaluation import Divergence, Within, bound, check_enough, excess_over, in_nats
 from .graph import Graph
 from .hooks import host_of
-from .models import Model, frozen
+from .models import Model, dtype_of, frozen
 from .objective import kl_divergence
 from .recipe import Goal, NotNegative, Recipe
 from .search import Sizes, at_constant_cost, drawn_size, exact, falls_to, log_odds, move_ends
@@ -271,7 +271,8 @@ def origin_of(
     **rest: Any,       # of the search
 ) -> Provenance:
     "Where a graph comes from"
-    known: dict[str, Any] = dict(model=getattr(host.model, "loaded_as", None), fingerprint=host.fingerprint, ablation="corrupt")
+    known: dict[str, Any] = dict(model=getattr(host.model, "loaded_as", None), fingerprint=host.fingerprint,
+                                 dtype=dtype_of(host.model), ablation="corrupt")
     if isinstance(task, Task): known |= dict(task=task.name, corruption=task.corruption, task_seed=task.seed)
     return replace(circuit.provenance, **known, **rest)
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from .ablations import ABLATIONS, Ablation, Held, ablation_named, mean, name_of, what_it_holds, zero
 from .arguments import InputError, as_path, checked, printable
 from .checks import short_pairs
-from .circuit import Circuit, check_model, load
+from .circuit import Circuit, check_model, how_to_load, load
 from .files import check_folder, in_code, in_markdown, write_file, write_folder, written_as
 from .hooks import Host, host_of
 from .models import EMBEDDED, Model, frozen, weight_of
@@ -664,7 +664,7 @@ def made_with(
 ) -> dict[str, Any]:
     "What the card says of a circuit's origin, by name"
     p = circuit.provenance
-    known = {k: p[k] for k in ("model", "fingerprint", "task", "corruption", "ablation", "seed") if p.get(k) is not None}
+    known = {k: p[k] for k in ("model", "fingerprint", "dtype", "task", "corruption", "ablation", "seed") if p.get(k) is not None}
     return known | ({f"{k} version": v for k, v in p.versions.items()} if isinstance(p.versions, dict) else {})
 
 def card(
@@ -681,7 +681,7 @@ def card(
         "| level | kept | of | share |", "| --- | --- | --- | --- |", *counts, "",
         "| made with | |", "| --- | --- |", *origin, "",
         "`view.html` shows the circuit without any program but a browser. To use it:", "", "```python",
-        "from mgprune import Circuit, load_model", "", f"model = load_model({in_code(model)})",
+        "from mgprune import Circuit, load_model", "", f"model = {how_to_load(circuit, model)}",
         f"circuit = Circuit.from_hub({in_code(repo)}, model)", "```", ""])
 
 # %% ../nbs/32_export.ipynb #5f1c2a93

@@ -6,30 +6,31 @@
 __all__ = ['plan']
 
 # %% ../nbs/27_planning.ipynb #ab55ff88
-import time, warnings
+import math, time, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .ablations import ABLATIONS, Ablation, Held, hold, lengths, mean_by_position
+from .ablations import ABLATIONS, Ablation, Held, ablation_named, hold, lengths, mean_by_position
 from .arguments import checked
 from .evaluation import SOME, Within
 from .gates import Sigmoid
-from .hooks import Host
-from .models import Model, frozen
+from .hooks import Host, host_of
+from .models import Model, frozen, is_empty
 from .objective import Over
 from .pairs import Batch, check_batch
 from .passes import example_bytes, fitting_size, kept_for_return, nbytes, recording_bytes, step_bytes
 from .processes import together
 from .recipe import Asked, Behaviour, Gate, Prices, Recipe, goal_of, relative
 from .resume import Begun, begin
-from .search import Search, log_odds, next_size, slopes
-from .streams import Examples, bind, reference_of, room
-from .tasks import SPLITS, Task
-from .tree import DEFAULT_LEVELS, FINEST, LevelNames, at_sites
+from .search import Search, log_odds, next_size, prices, slopes
+from .streams import Examples, bind, reference_of, room, task_of
+from .tasks import SPLITS, Task, from_pairs
+from .tree import DEFAULT_LEVELS, FINEST, LevelNames, at_sites, check_levels, level_shapes, ways_of
 from .trimming import ENOUGH, PASSES
 
 # %% ../nbs/27_planning.ipynb #ac81f488
@@ -62,9 +63,9 @@ class Plan:
     passes: int       # bytes of as many pairs as go through the model at once without a way back, an estimate from above
     held_out: int     # bytes of what ablated nodes hold and of answers, for the pairs to cut or to measure on, after the search
     at_once: int     # pairs that go there and back at once; where a step has more, its parts are added up
-    preparing: float  # seconds until the first step
-    stepping: float   # seconds of all steps
-    cutting: float    # seconds after the last step
+    preparing: float = math.nan  # seconds until the first step; not a number where it could not be tried, as of the next two
+    stepping: float = math.nan   # seconds of all steps
+    cutting: float = math.nan    # seconds after the last step
 
     @property
     def memory(self) -> int:
@@ -80,8 +81,8 @@ class Plan:
     @property
     def line(self) -> str:
         "The sums in one line"
-        return (f"about {in_words(self.memory)} of memory, {in_words(self.weights)} of it the model's weights, and about "
-                f"{time_in_words(self.seconds)}")
+        memory = (f"about {in_words(self.memory)} of memory, {in_words(self.weights)} of it the model's weights")
+        return memory if math.isnan(self.seconds) else f"{memory}, and about {time_in_words(self.seconds)}"
 
     def __repr__(self) -> str: return plan_table(self)
 
@@ -93,10 +94,11 @@ def plan_table(
     made = "kept" if plan.kept else "made anew in every step"
     sizes = {"weights": plan.weights, f"recorded values, {made}": plan.recorded, "answers": plan.answers, "gates": plan.gates,
              f"a step, {plan.at_once} pairs at once": plan.step, "a pass without a way back": plan.passes,
-             "held-out pairs, after the search": plan.held_out, "memory at its peak": plan.memory}
+             "held-out pairs, after the search": plan.held_out, "memory at its peak, beside Python": plan.memory}
     times = {"preparing": plan.preparing, "all steps": plan.stepping, "cutting and measuring": plan.cutting,
              "time in sum": plan.seconds}
-    rows = [*((name, in_words(size)) for name, size in sizes.items()), *((n, time_in_words(t)) for n, t in times.items())]
+    rows = [*((name, in_words(size)) for name, size in sizes.items()), 
+            *((n, time_in_words(t)) for n, t in times.items() if not math.isnan(t))]
     return "\n".join(f"{name:<40} {value:>14}" for name, value in rows)
 
 # %% ../nbs/27_planning.ipynb #aef97141
@@ -221,12 +223,22 @@ def gate_bytes(
     own = [search.scores, search.scores, search.scores, search.average, search.felt, search.price, search.ways.index]
     return sum(t.nbytes for t in own)
 
+def gate_bytes_of(
+    host: Host,    # any
+    asked: Asked,  # of a search
+) -> int:
+    "The same of a search that cannot be made"
+    ways = ways_of(host.sites, asked.levels)
+    gates = sum(math.prod(shape) for shape in ways.shapes.values())
+    each = 4 * torch.float32.itemsize + torch.bool.itemsize
+    return gates * each + prices(ways, asked.recipe.group_price).nbytes + ways.index.nbytes
+
 def weight_bytes(
     host: Host,  # any
 ) -> int:
     "Bytes of a model, with its buffers"
     held = [*host.model.parameters(), *host.model.buffers()]
-    return sum({t.untyped_storage().data_ptr(): t.nbytes for t in held}.values())
+    return sum({t.untyped_storage().data_ptr() or id(t): t.nbytes for t in held}.values())  # those elsewhere have no place here
 
 # %% ../nbs/27_planning.ipynb #68911914
 def planned(
@@ -265,6 +277,31 @@ def planned(
         2 * answers(train), gates, step, size * example_bytes(host, train), max(map(of, held_out)), at_once,
         one * len(train) + means, recipe.steps * each, sum(one * len(parts[s]) + means for s in held_out) + circuit * cut)
 
+# %% ../nbs/27_planning.ipynb #6517c0c9
+def counted(
+    model: torch.nn.Module,  # without weights
+    given: Behaviour,        # the behaviour, as pairs of prompts
+    asked: Asked,            # of the search
+) -> Plan:
+    "The memory that a search would take, from the configuration alone; a step and a pass are estimates from above"
+    host, ablation, recipe = host_of(model), ablation_named(asked.ablation), asked.recipe
+    asked = replace(asked, levels=tuple(level_shapes(host.sites, check_levels(asked.levels))))
+    task = task_of(model, given) if isinstance(given, (Task, str, Path)) else from_pairs(model, given)
+    parts = {split: task.batch(split) for split in SPLITS if split != "valid" or asked.goal.budgets}
+    train = parts["train"] = parts["train"][:recipe.pairs]
+    pairs, vocabulary = min(recipe.batch_size, len(train)), host.model.config.get_text_config().vocab_size
+    size, sites = host.model.dtype.itemsize, host.sites
+    def held(part):
+        rows = len(lengths(part).unique()) if ablation is mean_by_position else 1
+        part = part if getattr(ablation, "each_pair", False) else part[:rows]
+        written = part.clean.numel() * sites.width * (sites.n_layers + sum(map(bool, sites.mlp)))  # by the projections
+        return recording_bytes(host, part) + (written - len(part) * vocabulary) * size
+    def answers(part, sets): return sets * 4 * len(part) * vocabulary  # in single precision
+    later = [held(parts[s]) + answers(parts[s], 2 if s == "test" or relative(asked.goal) else 1) for s in parts if s != "train"]
+    step = pairs * step_bytes(host, train, recipe.gradient_checkpointing)
+    return Plan(weight_bytes(host), held(train), True, answers(train, 2), gate_bytes_of(host, asked), step,
+                pairs * example_bytes(host, train), max(later), pairs)
+
 # %% ../nbs/27_planning.ipynb #047fa6f0
 @checked
 def plan(
@@ -280,14 +317,14 @@ def plan(
     gate: Gate = Sigmoid(),             # what turns log alpha into a gate
     ablation: Any = "corrupt",          # what ablated nodes hold: a name in ABLATIONS, or a function
 ) -> Plan:
-    """Memory and time that a search will take on this machine, by part: tried on a few of the pairs
+    """Memory and time that a search will take on this machine, by part: tried on a few of the pairs; memory alone without weights
 
     Raises `InputError` as `discover` raises it.
     See also `discover`.
     >>> plan(model, task, kl=.1).seconds > 0
     True"""
-    goal = goal_of(kl, keep, penalties, faithfulness, over)
-    return planned(begin(model, task, Asked(goal, levels, ablation, 0, recipe, gate)))
+    asked = Asked(goal_of(kl, keep, penalties, faithfulness, over), levels, ablation, 0, recipe, gate)
+    return counted(model, task, asked) if is_empty(model) else planned(begin(model, task, asked))
 
 # %% ../nbs/27_planning.ipynb #c7163f19
 LARGE = 1 << 30  # bytes besides the weights, below which nothing is said
@@ -314,7 +351,7 @@ def check_plan(
     says = dict(
         recorded=f"what ablated nodes hold for the training pairs: a smaller Recipe(pairs={recipe.pairs})",
         answers=f"the answers to the training pairs: a smaller Recipe(pairs={recipe.pairs})",
-        step=f"a step of {plan.at_once} pairs: gradient_checkpointing=True or a smaller batch_size={recipe.batch_size} in a Recipe",
+        step=f"a step of {plan.at_once} pairs: gradient_checkpointing, or a smaller Recipe(batch_size={recipe.batch_size})",
         passes="the passes before the search: shorter prompts", held_out="the held-out pairs: fewer of them")[most]
     warnings.warn(f"the search takes {in_words(more)} besides the {in_words(plan.weights)} of the model, most of it, "
                   f"{in_words(getattr(plan, most))}, for {says} takes less")

@@ -23,7 +23,7 @@ from .circuit import Circuit, Provenance, check_model
 from .evaluation import check_enough
 from .files import digest, read_state, working_in, write_state
 from .hooks import Host
-from .models import as_bytes
+from .models import as_bytes, dtype_of
 from .processes import check_alike, first_does, together
 from .recipe import Asked, Behaviour, Goal
 from .search import Search
@@ -77,9 +77,10 @@ def origin(
     sizes, gate = [len(getattr(task, split)) for split in SPLITS], dict(name=type(asked.gate).__name__, **asdict(asked.gate))
     settings = dict(asdict(asked.goal), levels=asked.levels, recipe=asdict(asked.recipe), gate=gate)
     if asked.away is not None: settings |= dict(away=known_by_nodes(asked.away))
-    return Provenance(model=name, fingerprint=host.fingerprint, task=task.name, corruption=task.corruption, task_seed=task.seed,
-                      pairs=sizes, hold_out=task.hold_out, ablation=name_of(asked.ablation), settings=settings,
-                      versions=versions(), seed=asked.seed, pairs_file=file_of(given))
+    return Provenance(model=name, fingerprint=host.fingerprint, dtype=dtype_of(host.model), task=task.name,
+                      corruption=task.corruption, task_seed=task.seed, pairs=sizes, hold_out=task.hold_out,
+                      ablation=name_of(asked.ablation), settings=settings, versions=versions(), seed=asked.seed,
+                      pairs_file=file_of(given))
 
 # %% ../nbs/26_resume.ipynb #c21cd2c4
 def check_away(

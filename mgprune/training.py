@@ -8,7 +8,7 @@ __all__ = ['discover', 'sweep']
 # %% ../nbs/28_training.ipynb #972e1f51
 import math, sys, time, warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,6 +53,7 @@ class Learned:
     host: Host                       # the model, with its sites
     bound: Callable[[str], Examples]  # says the pairs of a split on it: to choose a threshold on, or to measure on
     provenance: Provenance           # of every circuit that is made of it
+    doubts: list[str]                # what was warned of before the search
 
 # %% ../nbs/28_training.ipynb #08188c1f
 def learn(
@@ -70,7 +71,7 @@ def learn(
     outline = outlined(begun, progress)
     train = bound("train")
     progress = progress and together()[0] == 0
-    check_task(task, train, goal, progress)
+    doubts = check_task(task, train, goal, progress)
     if outline and progress: print(f"the search takes {outline.line}", flush=True)
     search = Search(train, goal, asked.levels, asked.recipe, asked.gate, asked.seed, asked.away)
     answers = [] if begun.folder is None else sums_of_answers(train)
@@ -81,7 +82,7 @@ def learn(
     with kept(begun.folder, lambda: beside(begun, answers)) as note: scores = run(search, progress, note)
     felt, about = {l: f.cpu() for l, f in search.ways.part(search.felt).items()}, replace(begun.about, history=search.history)
     del search, train  # what they hold makes place for what comes
-    return Learned(scores, felt, host, bound, about)
+    return Learned(scores, felt, host, bound, about, doubts)
 
 # %% ../nbs/28_training.ipynb #11ecfc1f
 def peak_mb(
@@ -190,7 +191,7 @@ def discover(
         if valid is not None and recipe.trim: circuit = trimmed_cut(circuit, begun.asked, valid)
         del valid  # what it holds makes place for what comes
         circuit = ended(circuit, learned.bound("test"), begun.began)
-        check_circuit(circuit, goal, learned.felt)
+        check_circuit(circuit, goal, learned.felt, learned.doubts)
         return saved(begun, circuit, RESULT)
 
 # %% ../nbs/28_training.ipynb #170d29b4
@@ -253,7 +254,7 @@ def check_task(
     examples: Examples,  # its training pairs on the model, or some of them
     goal: Goal,          # what is asked for
     say: bool,           # print how well the full model does
-) -> None:
+) -> list[str]:  # what was warned of
     "Print how well the full model does, and warn where a search cannot tell much"
     full, empty, batch, ablation = examples.full, examples.closed, examples.batch, name_of(examples.ablation)
     assert empty is not None, "these examples are bound with the answers with every node ablated"
@@ -269,10 +270,9 @@ def check_task(
     among = " over the answers" if goal.over == "answers" else ""
     if say: print(
         f"{printable(task.name)}: the full model is correct on {accuracy:.1%} of {len(examples)} training pairs; correct "
-        f"answers have probability "
-        f"{probability:.2g} and are the likeliest token on {first:.1%}; {where} it is correct on {corrupted:.1%}, "
-        f"with KL {closed:.3g}{among}", flush=True)
-    for wrong, says in (
+        f"answers have probability {probability:.2g} and are the likeliest token on {first:.1%}; {where} it is correct on "
+        f"{corrupted:.1%}, with KL {closed:.3g}{among}", flush=True)
+    doubts = [says for wrong, says in (
         (accuracy < 0.7,
          f"the model is correct on only {accuracy:.0%} of the pairs{instead(task, examples)}. A circuit would explain its "
          "mistakes: choose pairs that it can do"),
@@ -285,8 +285,9 @@ def check_task(
         (closed < 1e-3 or any(closed <= in_nats(kl, closed) for kl in goal.budgets),
          f"{what} changes (almost) nothing: the fully ablated model has KL {closed:.3g}{among}. "
          f"Choose {choose} that changes the answer, or a smaller kl"),
-    ):
-        if wrong: warnings.warn(says)
+    ) if wrong]
+    for says in doubts: warnings.warn(says)
+    return doubts
 
 # %% ../nbs/28_training.ipynb #b3d39d5a
 def check_held(
@@ -310,15 +311,17 @@ def check_circuit(
     circuit: Circuit,  # that a search has found
     goal: Goal,        # what was asked for
     felt: Mapping[str, torch.Tensor],  # level -> which gates ever had a gradient, [layers, ...]
+    doubts: Sequence[str] = (),  # what was warned of before the search
 ) -> None:
     "Warn about a search that did not end in a usable circuit"
     counts = circuit.counts()
     neurons = [counts[l] for l in NEURONS]
     n, total = (sum(c[i] for c in neurons) for i in (0, 1))
+    why = f"This comes of what was warned of before the search: {doubts[0]}" if doubts else ""
     if n == 0: warnings.warn(
-        "all gates are closed: the circuit is empty. Ask for a smaller kl, a larger keep or lower penalties")
+        f"all gates are closed: the circuit is empty. {why or 'Ask for a smaller kl, a larger keep or lower penalties'}")
     if n == total: warnings.warn(
-        "all gates are open: nothing could be closed. Ask for a larger kl, a smaller keep or higher penalties")
+        f"all gates are open: nothing could be closed. {why or 'Ask for a larger kl, a smaller keep or higher penalties'}")
     for kl in goal.budgets: check_held(circuit, kl, goal)
     near = {l: (s - circuit.provenance["settings"]["threshold"]).abs() < 1 for l, s in circuit.scores.items()}
     half = torch.cat([(k & felt[l]).flatten() for l, k in near.items()]).float().mean().item()

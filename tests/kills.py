@@ -95,9 +95,9 @@ class Runs:
             self.wanted.append((written(self.out), written(self.json)))
 
     def run(self, number):
-        with patch.object(cli, "discover", lambda *of, **options: self.circuits[number]), patch.object(cli, "open_model", lambda *of: None), \
+        with patch.object(cli, "discover", lambda *of, **options: self.circuits[number]), patch.object(cli, "open_model", lambda *of, **more: None), \
                 patch.object(cli, "load_task", lambda *of, **options: None), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            return cli.main(["discover", "ioi", "--steps", "40", "--out", str(self.out), "--json", str(self.json)])
+            return cli.main(["discover", "ioi", "--steps", "40", "--out", str(self.out), "--json", str(self.json), "--force"])
 
     def clear(self):
         for path in self.folder.iterdir(): shutil.rmtree(path) if path.is_dir() else path.unlink()

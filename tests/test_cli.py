@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import kills
 import mgprune
 from mgprune import cli, evaluate, tasks
 from mgprune.ablations import ABLATIONS, what_it_holds
+from mgprune.checks import trusted
 from mgprune.circuit import Circuit, as_text, from_scores
 from mgprune.cli import main
 from mgprune.evaluation import cut_by_size
@@ -190,6 +193,78 @@ def test_a_failure_leaves_the_old_json(tmp_path, monkeypatch):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["old.json"]
 
 
+def test_a_page_that_is_there_stays(found, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("mine")
+    assert "--report" in refused(capsys, "evaluate", found / "out", "--report", page) and page.read_text() == "mine"
+
+
+# --- dtype, memory, and what comes first
+
+def test_a_circuit_of_another_dtype_is_measured_in_it(tmp_path, capsys, monkeypatch):
+    dtype, out = "bfloat16", tmp_path / "half"
+    monkeypatch.setattr("mgprune.plots.save_figures", kills.spots)
+    assert main(["discover", "ioi", "--keep", ".3", "--steps", "40", "--dtype", dtype, "--out", str(out), "--json", f"{tmp_path}/a.json"]) == 0
+    assert Circuit.load(out).provenance.dtype == read(tmp_path / "a.json")["dtype"] == dtype
+    text = (out / "summary.md").read_text()
+    assert f"load_model('embedded', dtype='{dtype}')" in text and f"| dtype | {dtype} |" in text and "Python and its libraries come on top" in text
+    assert main(["evaluate", str(out), "--json", f"{tmp_path}/b.json"]) == 0
+    assert f"in {dtype}, as the circuit says" in capsys.readouterr().out
+    assert read(tmp_path / "a.json")["kl"] == pytest.approx(read(tmp_path / "b.json")["kl"], abs=1e-3)
+    assert f"It was found in {dtype} and this model is in float32" in refused(capsys, "evaluate", out, "--dtype", "float32")
+    assert Circuit.load(out, load_model(dtype=dtype)) == Circuit.load(out / "circuit.json")
+
+
+def test_plan_prints_its_table(capsys):
+    assert main(["plan", "ioi", "--batch-size", "4", "--pairs", "32", "--keep", ".2"]) == 0
+    assert "a step, 4 pairs at once" in (said := capsys.readouterr().out) and "time in sum" in said
+    assert main(["plan", "--levels", "head,mlp", "ioi", "--device", "meta", "--dtype", "bfloat16"]) == 0
+    assert "weights" in (said := capsys.readouterr().out) and "time in sum" not in said
+
+
+@pytest.mark.parametrize("words, task", [(["discover", "--levels", "head,mlp", "a.csv"], "a.csv"), (["sweep", "--keep", ".2", ".1", "a.csv", "--seed", "1"], "a.csv"),
+                                         (["sweep", "--kl", "10%", ".1", "a.csv"], "a.csv"), (["plan", "--over", "answers", "--levels", "head", "mlp", "ioi"], "ioi")])
+def test_a_task_after_an_option_of_several_values_is_the_task(words, task):
+    args = cli.read(words)
+    assert args.task == task and task not in str({k: v for k, v in vars(args).items() if k != "task"})
+
+
+@pytest.mark.parametrize("error, where", [(MemoryError(), "answer_logits"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "circuit_logits"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "answer_logits")], ids=lambda of: type(of).__name__)
+def test_where_memory_runs_out_it_is_said_what_takes_less(error, where, model, found, monkeypatch, capsys):
+    trusted(model)
+    def fails(*of, **more): raise error
+    monkeypatch.setattr(f"mgprune.streams.{where}", fails)
+    monkeypatch.setattr(cli, "load_model", lambda *of, **more: model)
+    for command in (["discover", "ioi", "--steps", "40"], ["evaluate", f"{found}/out"]):
+        assert main(command) == 2
+        err = capsys.readouterr().err.splitlines()[-1]
+        assert err.startswith("mgprune: error: out of memory (")
+        for option in ("--batch-size N", "--pairs N", "--gradient-checkpointing", "--dtype bfloat16", "--device auto", "mgprune plan"): assert option in err
+        assert "Recipe(" not in err and "load_model" not in err
+    with pytest.raises(cli.InputError, match=r"Recipe\(gradient_checkpointing=True\)") as said: evaluate(Circuit.load(found / "out"), model, "ioi")
+    assert said.value.__cause__ is error and not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_too_few_pairs_are_answered_with_an_option_that_there_is(tmp_path, pairs, model, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "load_model", lambda *of, **more: model)
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(pairs.read_text().splitlines()[:24]))
+    err = refused(capsys, "discover", few, "--kl", ".5")
+    assert "with --keep" in err and "--confidence none" in err and "Recipe(" not in err
+    assert main(["discover", str(few), "--kl", ".5", "--confidence", "none", "--steps", "40"]) == 0
+
+
+def test_every_setting_that_a_message_names_has_an_option(capsys):
+    with pytest.raises(SystemExit): main(["discover", "--help"])
+    options = capsys.readouterr().out
+    for path in (ROOT / "mgprune").glob("*.py"):
+        for name, value in re.findall(r"Recipe\((batch_size|pairs|steps|confidence|gradient_checkpointing)=([\w.]+)\)", path.read_text()):
+            said = cli.in_shell(f"a smaller Recipe({name}={value})")
+            assert "Recipe" not in said and said.split()[2] in options
+
+
 # --- pairs from a file
 
 def test_pairs_from_a_file_are_found_again(pairs, tmp_path, capsys):
@@ -247,6 +322,13 @@ def test_pairs_from_a_file_are_found_again(pairs, tmp_path, capsys):
     (["discover", "ioi", "--device", "abacus"], "--device abacus"),
     (["discover", "ioi", "--model", "no/such/model/at/all"], "no causal language model"),
     (["discover", "ioi", "--colour", "red"], "--colour"),
+    (["discover", "ioi", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+    (["discover", "ioi", "--batch-size", "0"], "batch_size=0: expected a whole number of at least 1"),
+    (["plan", "ioi", "--kl", "-1"], "kl=-1.0: expected a divergence above 0"),
+    (["plan", "ioy", "--device", "meta"], "unknown task 'ioy'"),
+    (["evaluate", "missing.json", "--dtype", "half"], "argument --dtype: invalid choice: 'half'"),
+    (["discover", "--levels", "head,mlp"], "the following arguments are required: TASK"),
+    (["discover", "--levels", "head", "ioy"], "unknown task 'ioy'"),
     (["discover"], "TASK"),
     ([], "COMMAND"),
     (["prune"], "prune"),
@@ -290,14 +372,18 @@ def test_nothing_of_the_users_is_replaced(found, tmp_path, capsys):
     assert "no report of an earlier run" in refused(capsys, "evaluate", found / "out", "--json", found / "out/circuit.json")
 
 
-def test_what_an_earlier_run_wrote_is_replaced_by_the_next(found, tmp_path, monkeypatch):
+def test_what_an_earlier_run_wrote_is_replaced_by_the_next_with_force_alone(found, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     shutil.copytree(found / "out", run)
     shutil.copy(found / "deep/ioi.json", run / "ioi.json")
     assert cli.foreign(run) == []
     monkeypatch.setattr(cli, "discover", lambda *of, **options: Circuit.load(found / "out/circuit.json"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert main(["discover", "ioi", "--out", "~/run", "--json", "~/run/again.json"]) == 0
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    for more in ([], ["--keep", ".3"]): assert "holds the results of an earlier run: nothing was written" in refused(capsys, "discover", "ioi", "--out", "~/run", *more)
+    assert "--json '~/run/ioi.json' holds the results" in refused(capsys, "sweep", "ioi", "--json", "~/run/ioi.json")
+    assert before == {path.name: path.read_bytes() for path in run.iterdir()}
+    assert main(["discover", "ioi", "--out", "~/run", "--json", "~/run/again.json", "--force"]) == 0
     names = {path.name for path in run.iterdir()}
     assert names - {"circuit.safetensors"} == {"circuit.json", "circuit.png", "heads.png", "neurons.png", "training.png", "summary.md", "again.json"}
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -107,6 +107,7 @@ def test_a_model_that_cannot_do_the_task(task):
     with pytest.warns(UserWarning) as seen: discover(load_model(GPT2LMHeadModel(config), task.tokenizer), task, recipe=QUICK, progress=False)
     said = " ".join(str(w.message) for w in seen)
     assert "correct on only" in said and "the corruption changes (almost) nothing" in said
+    assert "Ask for a smaller kl" not in said and "This comes of what was warned of before the search: the model is correct on only" in said
 
 
 def test_all_closed_and_all_open(model, task):

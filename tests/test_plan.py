@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from families import TINY, Pairs, tiny
-from mgprune import discover, load_model, plan, tasks
+from mgprune import discover, evaluate, load_model, plan, tasks
 from mgprune.ablations import ABLATIONS, hold
-from mgprune.checks import trusted
+from mgprune.checks import trusted, verify
+from mgprune.circuit import full_circuit
 from mgprune.compact import blended
 from mgprune.gates import HardConcrete, Sigmoid
 from mgprune.models import InputError, frozen
@@ -17,6 +18,7 @@ from mgprune.passes import free_bytes, kept_for_return, nbytes
 from mgprune.planning import check_plan, in_words, tried
 from mgprune.recipe import Asked, Goal, Recipe
 from mgprune.search import Search, next_size, slopes, step
+from mgprune.sites import find_sites
 from mgprune.streams import MOST_KEPT, bind, prepare, reference_of, room
 from mgprune.tree import DEFAULT_LEVELS
 
@@ -112,6 +114,37 @@ def test_it_is_said_before_the_search(model, task, capsys):
     said = capsys.readouterr().out.splitlines()
     assert "the full model is correct" in said[0]
     assert said[1].startswith("the search takes about ") and said[1].endswith("seconds")
+
+
+# --- without weights
+
+@pytest.mark.parametrize("asked", [dict(kl=.1), dict(keep=[.1, .3]), dict(ablation="mean"), dict(ablation="mean_by_position"), dict(levels=("head", "mlp")),
+                                   dict(over="answers", kl="10%")], ids=str)
+def test_memory_is_counted_without_weights(asked, model, task):
+    tried, empty = (plan(m, task, recipe=SMALL, **asked) for m in (model, load_model(device="meta")))
+    for part in ("weights", "answers", "gates", "kept", "at_once"): assert getattr(empty, part) == getattr(tried, part), part
+    assert tried.recorded <= empty.recorded <= tried.recorded + 3e5 and tried.held_out <= empty.held_out <= tried.held_out + 3e5  # means may be over positions, too
+    assert empty.step >= tried.step and empty.memory > 0 and "seconds" not in repr(empty) + empty.line
+
+
+def test_without_weights_dtype_and_checkpointing_count(model, task):
+    whole, half = (plan(load_model(device="meta", dtype=d), task, recipe=SMALL) for d in ("float32", "bfloat16"))
+    assert half.weights == whole.weights // 2 and half.recorded == whole.recorded // 2
+    again = plan(load_model(device="meta"), task, recipe=replace(SMALL, gradient_checkpointing=True))
+    assert again.step < whole.step / 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "qwen2_moe"])
+def test_other_architectures_are_counted_without_weights(kind):
+    recipe = Recipe(steps=3, batch_size=3, confidence=None)
+    tried, empty = (plan(m, Many(), keep=.3, recipe=recipe) for m in (tiny(kind), tiny(kind).to("meta")))
+    assert (empty.weights, empty.answers, empty.gates) == (tried.weights, tried.answers, tried.gates) and empty.recorded >= .9 * tried.recorded
+
+
+def test_a_model_without_weights_is_planned_with_and_not_run(model, task):
+    empty = load_model(device="meta")
+    for run in (lambda: discover(empty, task), lambda: evaluate(full_circuit(find_sites(model)), empty, task), lambda: verify(empty)):
+        with pytest.raises(InputError, match="has no weights, only their shapes"): run()
 
 
 # --- little memory

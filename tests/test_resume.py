@@ -293,9 +293,10 @@ def test_an_interrupted_command_says_how_to_go_on_and_does(tmp_path, monkeypatch
     assert names(out) == names(other) and same(Circuit.load(out / "circuit.json"), Circuit.load(other / "circuit.json"))
 
     results = content(out)  # another search leaves them until it is at its end
-    interrupt("--seed", "1")
+    assert cli.main([*command, str(out), "--seed", "1"]) == 2 and "or replace them with --force" in capsys.readouterr().err and content(out) == results
+    interrupt("--seed", "1", "--force")
     assert names(out) == {*results, "search"} and results.items() <= {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}.items()
-    assert cli.main([*command, str(out), "--seed", "1"]) == 0
+    assert cli.main([*command, str(out), "--seed", "1", "--force"]) == 0
     assert names(out) == {*results} and Circuit.load(out / "circuit.json").provenance.seed == 1
 
 
