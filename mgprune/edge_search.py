@@ -26,7 +26,7 @@ from .search import Sizes, at_constant_cost, drawn_size, exact, falls_to, log_od
 from .streams import Examples, Pairs, logits_of, prepare, task_of
 from .tasks import Task
 from .tree import NEURONS, SiteMasks
-from .trimming import trimmed
+from .trimming import ENOUGH, PASSES, trimmed
 from .wiring import Wiring, closed_edges, edges_among, writers_of
 
 # %% ../nbs/46_edge_search.ipynb #0209a355
@@ -152,12 +152,20 @@ class Budget:
         "The pairs, answered over these edges"
         return OverEdges(**{f.name: getattr(self.pairs, f.name) for f in fields(Examples)}, edges=edges)
 
+    def tried(self,
+        edges: torch.Tensor,  # boolean [readers, writers], closed
+        circuit: Circuit,     # that they lie in
+    ) -> tuple[float, int]:
+        "By how much it is over the budget, `excess_over` of a graph; and the pairs that were measured until that was known"
+        found, each = excess_over(circuit, self.on(edges), self.kl, self.confidence, self.faithfulness)
+        return found.max().item(), each.shape[1]
+
     def over(self,
         edges: torch.Tensor,  # boolean [readers, writers], closed
         circuit: Circuit,     # that they lie in
     ) -> float:
-        "By how much it is over the budget: `excess_over` of a graph"
-        return excess_over(circuit, self.on(edges), self.kl, self.confidence, self.faithfulness)[0].max().item()
+        "By how much it is over the budget"
+        return self.tried(edges, circuit)[0]
 
     def nats(self) -> float:
         "The divergence in nats"
@@ -165,6 +173,8 @@ class Budget:
         return in_nats(self.kl, math.nan if closed is None else kl_divergence(full, closed).mean().item())
 
 # %% ../nbs/46_edge_search.ipynb #acc34440
+MANY = 1000  # edges, above which a cut is looked for in larger steps
+
 def best_cut(
     total: int,                    # edges that there are
     over: Callable[[int], float],  # says by how much the graph of so many is over the budget
@@ -172,7 +182,7 @@ def best_cut(
 ) -> int:
     "Number of edges of the smallest graph found that holds the budget; of the one that is over it by least where none does"
     sizes, found = [total], dict[int, float]()
-    while sizes[-1] > 1: sizes.append(sizes[-1] * 4 // 5)
+    while sizes[-1] > 1: sizes.append(sizes[-1] // 2 if sizes[-1] > MANY else sizes[-1] * 4 // 5)
     for n in sizes:
         found[n] = over(n)
         if found[n] > far and min(found.values()) <= 0: break  # far below what is needed
@@ -214,26 +224,28 @@ def irreducible(
     budget: Budget,        # that they hold
     slopes: torch.Tensor,  # [readers, writers] from closing_slopes: the smallest are tried first
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    "The edges without those that the budget does not need, and what was tried"
-    wiring, before, tried, needed = Wiring(circuit.sites), int(edges.sum()), 0, dict[tuple[int, int], float]()
+    "The edges without those that the budget does not need, and what was tried, for as many pairs as trimming takes"
+    wiring, before, tried, spent, needed = Wiring(circuit.sites), int(edges.sum()), 0, 0, dict[tuple[int, int], float]()
+    most = max(PASSES * len(budget.pairs), ENOUGH)
     again, alone = budget.over(edges, circuit) <= 0, False
     while again:
         order = sorted(map(tuple, edges.nonzero().tolist()), key=lambda edge: slopes[edge].item())
         groups, again = [[edge] for edge in order[::-1]] if alone else [order], False
-        while groups:
+        while groups and spent < most:
             group = [edge for edge in groups.pop() if edges[edge]]
             if not group: continue
             candidate, half = edges.clone(), len(group) // 2
             for edge in group: candidate[edge] = False
             candidate = closed_edges(wiring, candidate)
-            by, tried = budget.over(candidate, circuit), tried + 1
+            (by, pairs), tried = budget.tried(candidate, circuit), tried + 1
+            spent += pairs
             if by <= 0: edges, again = candidate, True
             elif half: groups += [group[half:], group[:half]]
             else: needed[group[0]] = round(by, 5)
         alone = True
     names = {edge: f"{wiring.writers[edge[1]]}->{wiring.readers[edge[0]]}" for edge in needed if edges[edge]}
     over = {names[edge]: by for edge, by in sorted(needed.items(), key=lambda item: -item[1]) if edge in names}
-    return edges, dict(before=before, edges=int(edges.sum()), tried=tried, over={"edge": over} if over else {})
+    return edges, dict(before=before, edges=int(edges.sum()), tried=tried, pairs=spent, over={"edge": over} if over else {})
 
 # %% ../nbs/46_edge_search.ipynb #a615d926
 ROOM = .05  # nats of divergence that edges may cost where nothing else is said

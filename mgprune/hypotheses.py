@@ -250,11 +250,11 @@ def minimal_nodes(
         return from_kept({l: k for l, k in kept.items() if l in ("attention_neuron", "mlp_neuron", "mlp_output")}, circuit.sites)
     columns = ["node", "effect", "beaten", "of", "p", "controlled_p"]
     if not outside or not inside: return pd.DataFrame(columns=columns)
-    chance = []
-    for node in outside:
-        chance.append(abs(measured.mean(opened(node)) - at))
+    chosen, chance = rng.integers(len(outside), size=draws), {}
+    for i in chosen.tolist():  # each is measured once, however often it is drawn
+        if i not in chance: chance[i] = abs(measured.mean(opened(outside[i])) - at)
         measured.note()
-    drawn = np.array(chance)[rng.integers(len(chance), size=draws)]
+    drawn = np.array([chance[i] for i in chosen.tolist()])
     rows: list[dict[str, Any]] = []
     for node in inside:
         effect = abs(at - measured.mean(without(circuit, [node])))
@@ -282,10 +282,11 @@ def minimality(
 # %% ../nbs/40_hypotheses.ipynb #6a41b523
 def n_compared(
     circuit: Circuit,  # that is tested
+    draws: int,        # random nodes
 ) -> int:
     "Nodes that the test of minimality measures, one by one"
     inside, whole = len(nodes_of(circuit)), len(nodes_of(full_circuit(circuit.sites)))
-    return whole if 0 < inside < whole else 0
+    return draws + inside if 0 < inside < whole else 0
 
 # %% ../nbs/40_hypotheses.ipynb #9ab52378
 @checked
@@ -308,7 +309,8 @@ def hypotheses(
     See also `controls`, `report`.
     >>> tests = hypotheses(circuit, model, task, draws=4, shuffles=19, most=8, progress=False)"""
     examples, rng = prepare_for(circuit, model, task, ablation, most=most), np.random.default_rng(seed)
-    with tqdm(total=draws + n_compared(circuit), disable=None if progress else True, desc="hypotheses", leave=False) as bar:
+    total = draws + n_compared(circuit, draws)
+    with tqdm(total=total, disable=None if progress else True, desc="hypotheses", leave=False) as bar:
         measured, whole = Measured(examples, note=bar.update), full_circuit(circuit.sites)
         c, m, x, e = (measured(of)[0] for of in (circuit, whole, complement(circuit), complement(whole)))
         def apart(of: Circuit) -> float: return abs(measured.mean(of) - float(m.mean()))
