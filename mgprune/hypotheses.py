@@ -309,13 +309,12 @@ def hypotheses(
     See also `controls`, `report`.
     >>> tests = hypotheses(circuit, model, task, draws=4, shuffles=19, most=8, progress=False)"""
     examples, rng = prepare_for(circuit, model, task, ablation, most=most), np.random.default_rng(seed)
-    total = draws + n_compared(circuit, draws)
-    with tqdm(total=total, disable=None if progress else True, desc="hypotheses", leave=False) as bar:
+    total, show = draws + n_compared(circuit, draws), None if progress else True
+    with tqdm(total=total, disable=show, desc="hypotheses", leave=False) as bar:
         measured, whole = Measured(examples, note=bar.update), full_circuit(circuit.sites)
         c, m, x, e = (measured(of)[0] for of in (circuit, whole, complement(circuit), complement(whole)))
         def apart(of: Circuit) -> float: return abs(measured.mean(of) - float(m.mean()))
-        wins, seen = [], set[bytes]()
-        how, others = drawn_like(circuit, draws, rng)
+        wins, seen, (how, others) = [], set[bytes](), drawn_like(circuit, draws, rng)
         for other in others:
             needed = apart(complement(circuit)) > apart(complement(other))
             wins.append((apart(circuit) < apart(other), needed))
@@ -324,8 +323,8 @@ def hypotheses(
         bar.update(draws - len(wins))
         if len(seen) < len(wins): how += f", {len(seen)} different ones"
         nodes = minimal_nodes(measured, circuit, q, draws, rng)
-    sufficient, needed = np.array(wins, dtype=bool).reshape(-1, 2).T
+    won = np.array(wins, dtype=bool).reshape(-1, 2)
     rows = [equivalence(c, m, eps, alpha), independence(x - e, m, shuffles, seed, alpha),
-            comparison("sufficiency", sufficient, q, alpha, how), comparison("partial necessity", needed, q, alpha, how),
+            comparison("sufficiency", won[:, 0], q, alpha, how), comparison("partial necessity", won[:, 1], q, alpha, how),
             minimality(nodes, q, alpha)]
     return Hypotheses(pd.DataFrame(rows), nodes)
