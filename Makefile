@@ -26,7 +26,7 @@ help:
 	@echo 'make clean      remove the environment and everything built'
 
 demo: $(VENV)/.library
-	$(BIN)/mgprune discover ioi --kl 0.1 --out demo
+	$(BIN)/mgprune discover ioi --kl 0.1 --out demo --force
 
 test: $(VENV)/.tools
 	$(LIMIT) $(BIN)/nbdev_test --n_workers 2 --timing

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from .ablations import another
-from .arguments import Count, Seed, checked
+from .arguments import Count, InputError, Seed, checked
 from .edge_pass import logits_with, prepare_edges
 from .evaluation import average
 from .graph import Graph
@@ -92,10 +92,14 @@ def random_graphs(
 ) -> list[Graph]:
     """Random graphs between the nodes of the graph's circuit, each with as many edges as the graph, or a few more
 
+    Raises `InputError` for a graph with every edge between its nodes, which no other has.
     See also `scrubbed`.
-    >>> graph = Graph(Wiring(circuit.sites).exists, full_circuit(circuit.sites))
+    >>> graph = edges(circuit, model, task, kl=1, learn=False)
     >>> len(random_graphs(graph, n=3))
     3"""
     wiring, draw = graph.wiring, torch.Generator().manual_seed(seed)
     among = edges_among(wiring, graph.circuit)
+    if len(graph) >= among.sum(): raise InputError(
+        f"the graph has all {int(among.sum())} edges between the nodes of its circuit, so no other has as many: expected one "
+        "with fewer, as edges(circuit, model, task) finds it")
     return [Graph(drawn(wiring, among, len(graph), draw), graph.circuit) for _ in range(n)]

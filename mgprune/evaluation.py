@@ -266,11 +266,15 @@ def cuts(
 ) -> torch.Tensor:
     """All neurons' scores in one falling list: the threshold of the circuit with k neurons is entry k
 
+    Raises `InputError` where no neurons are ranked.
     See also `cut_by_size`.
     >>> len(cuts(circuit.scores, circuit.sites))
     2560"""
     scores = check_values(scores, sites, "scores")
     ranked = lowest({l: s for l, s in scores.items() if l != "mlp_output"}, sites).values()
+    if not ranked: raise InputError(
+        "scores of mlp_output alone rank no neurons, which the size of a circuit is counted in: expected some of heads, MLPs or "
+        "neurons too")
     return torch.cat([s[s > -torch.inf] for s in ranked]).sort(descending=True).values
 
 # %% ../nbs/21_evaluation.ipynb #fda4ebe6

@@ -139,7 +139,7 @@ def on_controls(
     if "random circuits" in others.index:
         far = bool(others["further"]["random circuits"])
         words += f"; random circuits of its size are {'further from the model' if far else 'not told apart from it'}"
-    skipped = f"; not measured: {', '.join(found.not_measured)}" if found.not_measured else ""
+    skipped = "".join(f"; {name}: not measured, since {why}" for name, why in found.not_measured.items())
     return [
         dict(question="Does it hold with other nodes open again?", verdict=said,
              not_shown="what opening other nodes does: few of all choices were tried"),

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from families import SPECIAL, TINY, pairs, randomise, tiny
-from mgprune import evaluate, prepare, tasks
+from mgprune import evaluate, prepare, streams, tasks
 from mgprune.ablations import ABLATIONS, zero
 from mgprune.agreement import fitted, loss_with, under_ablations
 from mgprune.attribution import attribute, random_ranking
@@ -326,6 +326,21 @@ def test_a_size_that_whole_nodes_do_not_give_is_said(model, scores, keep, neuron
         warnings.simplefilter("always")
         found = from_scores(scores, sites, cut_by_size(scores, sites, keep)).n_neurons()
     assert found == neurons and len(seen) == (says is not None) and all(says in str(w.message) for w in seen)
+
+
+def test_scores_that_rank_no_neurons_give_no_size(model):
+    sites = find_sites(model)
+    with pytest.raises(InputError, match="rank no neurons"): cut_by_size(dict(mlp_output=torch.zeros(level_shapes(sites, ("mlp_output",))["mlp_output"])), sites, .1)
+
+
+def test_the_models_own_answers_are_not_asked_for_again(model, monkeypatch):
+    task = tasks.ioi(model, n=(64, 64, 32))
+    circuit, ran = some_circuit(find_sites(model)), []
+    alone = [under_ablations(circuit, model, task, (name,), draws=20).iloc[0] for name in ("corrupt", "zero", "mean")]
+    answer = streams.answer_logits
+    monkeypatch.setattr(streams, "answer_logits", lambda *given: ran.append(1) or answer(*given))
+    together = under_ablations(circuit, model, task, ("corrupt", "zero", "mean"), draws=20)
+    assert len(ran) == 1 and all(row[k] == together.iloc[i][k] for i, row in enumerate(alone) for k in ("kl", "faithfulness", "closed_kl"))
 
 
 # --- necessity
