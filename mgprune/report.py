@@ -59,7 +59,7 @@ def to_ask(
     bound: float,  # faithfulness that is asked for
 ) -> str:
     "How to ask a search for that faithfulness, where a circuit does not have it"
-    return f"discover(..., faithfulness={1 - bound:.2g}) holds it" if beside(low, high, bound) == "below" and bound < 1 else ""
+    return f"discover(..., faithfulness={1 - bound:.2g}) asks for it" if beside(low, high, bound) == "below" and bound < 1 else ""
 
 # %% ../nbs/42_report.ipynb #96e883af
 def on_faithfulness(
@@ -285,7 +285,7 @@ def opening(
     if report.groups and report.groups < FEW_GROUPS: hints.append(
         f"Pairs with the same {report.worth.clusters} are alike, so the intervals count {report.groups} groups, not "
         f"{f['pairs']} pairs: so few leave much room, even where every pair is correct")
-    if ask: hints.append(f"A search can be asked for {report.bound:.0%}: {ask}")
+    if ask: hints.append(f"Where {report.bound:.0%} is wanted, {ask}")
     under = [f"under {a}: {v}" for a, v in zip(report.ablations["ablation"], report.ablations["verdict"])]
     return [f"Faithfulness {f['value']:.3f}, {report.worth.confidence:.0%} interval {f['low']:.3f} to {f['high']:.3f}, on "
             f"{f['pairs']} pairs{drawn}, nodes outside ablated by {report.worth.ablation!r}",

@@ -562,7 +562,7 @@ def test_report_says_how_to_ask_for_what_the_circuit_lacks(model):
     circuit = from_kept(dict(head=torch.eye(4, dtype=torch.bool), mlp=torch.zeros(4, dtype=torch.bool)), sites)
     found = report(circuit, model, task, draws=2, most=4, ablations=("corrupt",), clusters="template", bound=.8)
     lacks = found.worth.row("faithfulness")["high"] < .8
-    asked = "discover(..., faithfulness=0.2) holds it"
+    asked = "discover(..., faithfulness=0.2) asks for it"
     assert lacks and asked in found.verdicts["verdict"][0] and any(asked in line for line in found.first())
     templates = len({pair.slots["template"] for pair in task.test})
     assert found.groups == templates and f"in {templates} groups by template" in found.first()[0]
