@@ -8,7 +8,7 @@ __all__ = ['next_tokens']
 # %% ../nbs/20_applied.ipynb #2d04dd5d
 import inspect
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -210,8 +210,9 @@ def next_tokens(
     ' Mary'"""
     import pandas
     reader = Reader(model)
-    ids = torch.tensor([reader.prompt("given", prompt)]).to(host_of(model).device)
-    with torch.no_grad(): probabilities = answer_logits(model, ids, torch.ones_like(ids))[0].float().softmax(-1)
+    ids = torch.tensor([reader.prompt("given", prompt)]).to(trusted(model).device)
+    alone = nullcontext() if unwrapped(model) in APPLIED else frozen(model)  # an applied circuit holds it frozen
+    with torch.no_grad(), alone: probabilities = answer_logits(model, ids, torch.ones_like(ids))[0].float().softmax(-1)
     found = probabilities.topk(min(most, len(probabilities)))
     tokens = [text_of([i], reader.tokenizer) for i in found.indices.tolist()]
     return pandas.DataFrame(dict(token=tokens, written=[*map(repr, tokens)], probability=found.values.tolist()))

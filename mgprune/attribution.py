@@ -102,8 +102,8 @@ def among_masks(
     "A random circuit of a random size for each pair"
     n = len(route.examples)
     for _ in route.points:
-        size = torch.rand(n, 1, 1, generator=route.draws)
-        drawn = {site: torch.rand(n, *m.shape, generator=route.draws) < size for site, m in route.open.items()}
+        size = torch.rand(n, 1, 1, generator=route.draws, dtype=torch.float)
+        drawn = {site: torch.rand(n, *m.shape, generator=route.draws, dtype=torch.float) < size for site, m in route.open.items()}
         yield look(route.examples, {site: d.to(route.open[site]) for site, d in drawn.items()})
 
 def along_activations(
@@ -339,7 +339,7 @@ def summed(
     "The gradient with respect to a gate of each node, on the CPU: the sum over its neurons"
     scores: Scores = {}
     for level, shape in level_shapes(sites, levels).items():
-        gates = torch.zeros(shape, requires_grad=True)
+        gates = torch.zeros(shape, dtype=torch.float, requires_grad=True)
         masks = {site: m for site, m in site_masks({level: gates}, sites)._asdict().items() if m is not None}
         whole = torch.stack([(m * found[site].float().cpu()).sum() for site, m in masks.items()]).sum()
         scores[level], = torch.autograd.grad(whole, gates)
@@ -379,7 +379,7 @@ def attribute(
     measure, points = measure or ("logit_difference" if once else "kl"), [(i + .5) / steps for i in range(1 if once else steps)]
     widths = dict(zip(SiteMasks._fields, [*site_shapes(sites), (sites.n_layers, sites.width)]))
     if "mlp_output" not in shapes: del widths["output"]
-    whole = {site: torch.ones(s, device=examples.host.device) for site, s in widths.items()}
+    whole = {site: torch.ones(s, dtype=torch.float, device=examples.host.device) for site, s in widths.items()}
     total, draws = {site: torch.zeros_like(m) for site, m in whole.items()}, torch.Generator().manual_seed(seed)
     with torch.enable_grad(), frozen(model), gim(model) if method == "gim" else nullcontext():
         for start in range(0, len(examples), batch_size):
@@ -404,7 +404,7 @@ def random_ranking(
     >>> sorted(random_ranking(model, seed=1))
     ['attention_neuron', 'mlp_neuron']"""
     noise = torch.Generator().manual_seed(seed)
-    return {l: torch.rand(s, generator=noise) for l, s in level_shapes(find_sites(model), NEURONS).items()}
+    return {l: torch.rand(s, generator=noise, dtype=torch.float) for l, s in level_shapes(find_sites(model), NEURONS).items()}
 
 @checked
 def activation_difference(
@@ -418,7 +418,7 @@ def activation_difference(
     >>> scores = activation_difference(model, task.train[:8])"""
     examples = bound(model, task, None)
     host, batch = examples.host, examples.batch
-    total = [torch.zeros(s, device=host.device) for s in site_shapes(host.sites)]
+    total = [torch.zeros(s, dtype=torch.float, device=host.device) for s in site_shapes(host.sites)]
     def neurons(r): return r.attention, [all_neurons(x, host.sites) for x in r.mlp]
     for rows in torch.arange(len(batch)).split(batch_size):
         mask = batch.attention_mask[rows]  # padding counts as no difference
@@ -442,7 +442,7 @@ def patching(
     >>> patching(model, task.train[:1])["mlp_neuron"].shape  # doctest: +SKIP
     torch.Size([4, 512])"""
     examples = prepare(model, bound(model, task, ablation), batch_size=batch_size)
-    masks = [torch.ones(s, device=examples.host.device) for s in site_shapes(examples.sites)]
+    masks = [torch.ones(s, dtype=torch.float, device=examples.host.device) for s in site_shapes(examples.sites)]
     effects = [torch.zeros_like(m) for m in masks]
     for mask, effect in zip(masks, effects):
         for node in map(tuple, torch.cartesian_prod(*map(torch.arange, mask.shape)).tolist()):

@@ -351,6 +351,16 @@ def measure_rows(
     return [(name, f"{known[name]:.3g}", "; ".join([meaning, *([", ".join(beside(name))] if beside(name) else [])]))
             for name, meaning in first_measures(circuit).items() if name in known]
 
+def taken_out(
+    circuit: Circuit,  # any
+) -> str:
+    "Which nodes were closed after it was found"
+    steps = circuit.provenance.notes.get("without")
+    known = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    names = [f"{printable(level)} {printable('.'.join(map(str, place)))}" for step in known for level, places in step.items()
+             for place in (places if isinstance(places, list) else []) if isinstance(place, list)]
+    return f"closed since it was found: {', '.join(names)}" if names else ""
+
 def notes_below(
     circuit: Circuit,  # any
 ) -> list[str]:
@@ -359,7 +369,7 @@ def notes_below(
     shown = first_measures(circuit)
     left = [printable(k) for k in circuit.provenance.metrics or {} if k not in shown and not k.startswith(compared)]
     more = f"more in provenance.metrics: {', '.join(left)}" if left else ""
-    return [line for line in (more, needed(circuit)) if line]
+    return [line for line in (taken_out(circuit), more, needed(circuit)) if line]
 
 # %% ../nbs/18_circuit.ipynb #7fcd0474
 def in_text(
@@ -447,9 +457,10 @@ def knocked_out(
         for place in closed[level]: gone[place] = True
         for finest in [f for f in held_by(level) if f in kept]:
             kept[finest] = kept[finest] & ~at_level(gone, level, finest, sites)
-    if not any(closed.values()): return circuit
-    before = circuit.provenance
-    said = [*before.notes.get("without", []), {level: [[*place] for place in of] for level, of in closed.items() if of}]
+    if all(torch.equal(k, circuit.kept[l]) for l, k in kept.items()): return circuit
+    before, earlier = circuit.provenance, circuit.provenance.notes.get("without")
+    now = {level: [[*place] for place in of] for level, of in closed.items() if of}
+    said = [*(earlier if isinstance(earlier, list) else []), now]
     notes = before.notes | {"without": said}
     about = replace(before, notes=notes, metrics=None, trimmed=None, history=None, seconds=None, peak_mb=None)
     return from_kept(kept, sites, scores=circuit.scores, provenance=about)

@@ -312,6 +312,30 @@ def check_report(
     raise InputError(
         f"--json {name!r} exists already and is no report of an earlier run: nothing was written. Choose another name")
 
+# %% ../nbs/47_cli.ipynb #a323ef55
+STARTS = {  # of a report's file
+    ".md": "# Circuit of", ".html": "<!doctype html>", ".json": '{\n "title": "Circuit of', ".png": "\x89PNG"}
+
+def is_page(
+    file: Path,  # that is there
+) -> bool:
+    "Whether it is a report that was written earlier, or empty"
+    start = file.read_bytes()[:64].decode("latin-1")
+    return not start or start.lower().startswith(STARTS[file.suffix].lower())
+
+def check_page(
+    file: Path,                # where the report is to be written, links followed
+    name: str,                 # as it was said
+    args: argparse.Namespace,  # from the command line
+) -> None:
+    "Refuse a place for a report where something would be lost"
+    if args.json is not None and check_place(args.json) == file: raise InputError(
+        f"--report and --json are both {name!r}: expected two files")
+    if not os.path.lexists(file): return
+    if file.is_file() and is_page(file): return check_new(file, "--report", name, args.force)
+    raise InputError(
+        f"--report {name!r} exists already and is no report of an earlier run: nothing was written. Choose another name")
+
 # %% ../nbs/47_cli.ipynb #9b861e02
 def is_in_the_way(
     file: Path,  # to be written
@@ -331,7 +355,7 @@ def check_outputs(
     page = getattr(args, "report", None)
     if page is not None and check_place(page).suffix not in REPORTS: raise InputError(
         f"--report {printable(page)}: expected a file that ends in one of {', '.join(REPORTS)}")
-    if page is not None and check_place(page).is_file(): check_new(check_place(page), "--report", page, args.force)
+    if page is not None: check_page(check_place(page), page, args)
     if args.json is not None: check_report(check_place(args.json), args.json, out, args.force)
 
 def recipe_of(

@@ -255,7 +255,8 @@ def read_json(
 ) -> Any:
     "What is in the file"
     try: return json.loads(as_path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise InputError(f"{shown(str(path))} cannot be read as JSON: {e}") from e
+    except (OSError, ValueError, RecursionError) as e: raise InputError(
+        f"{shown(str(path))} cannot be read as JSON: {str(e)[:100]}") from e
 
 # %% ../nbs/38_curves.ipynb #5ef898d6
 def listed_heads(
@@ -263,7 +264,7 @@ def listed_heads(
     sites: Sites,          # from find_sites
 ) -> dict[str, torch.Tensor]:
     "1 for the heads of a list, and 0 for the others"
-    scores = torch.zeros(sites.n_layers, sites.n_heads)
+    scores = torch.zeros(sites.n_layers, sites.n_heads, dtype=torch.float)
     for head in heads:
         there = isinstance(head, (tuple, list)) and len(head) == 2 and all(
             isinstance(i, Integral) and not isinstance(i, bool) and 0 <= int(i) < n for i, n in zip(head, scores.shape))
@@ -299,4 +300,5 @@ def read_scores(
     except TypeError as e: raise InputError(
         f"source={shown(source)}: expected a path, what is in a file of the benchmark, a score by node as in {{'a0.h1': 4.2}}, "
         "or heads as (layer, head). Scores in tensors become a circuit by from_scores({'head': tensor}, sites)") from e
+    if not heads: raise InputError(f"source={shown(source)}: expected scores of nodes, or at least one head as (layer, head)")
     return listed_heads(heads, sites)

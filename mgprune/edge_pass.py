@@ -731,14 +731,14 @@ def path_slopes(
     measure: str,        # what an edge is worth, in WORTH
 ) -> torch.Tensor:
     "Mean slope on the path from all edges closed to all open, [readers, writers] of the wiring, 0 for what is not computed"
-    total = torch.zeros(len(wires.readers), len(wires.writers), device=wires.host.device)
+    total = torch.zeros(len(wires.readers), len(wires.writers), dtype=torch.float, device=wires.host.device)
     points = [(i + .5) / steps for i in range(steps)] or [1.]
     with torch.enable_grad(), frozen(wires.host.model):
         for rows in torch.arange(len(examples)).split(examples.batch_size):
             part = examples[rows]
             for alpha in points: total += slopes_at(wires, part, alpha, measure) / (len(points) * len(examples))
     exists = wires.frame.wiring.exists
-    result = torch.zeros(exists.shape)
+    result = torch.zeros(exists.shape, dtype=torch.float)
     result[wires.readers[:, None], wires.writers] = total.float().cpu()
     return result * exists
 

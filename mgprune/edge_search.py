@@ -43,8 +43,8 @@ def spread_ranks(
     values: torch.Tensor,  # [edges]
 ) -> torch.Tensor:
     "Their ranks, from -1 for the lowest to 1 for the highest, [edges]"
-    ranks = torch.empty(len(values))
-    ranks[values.cpu().argsort()] = torch.linspace(-1, 1, len(values)) if len(values) > 1 else torch.zeros(len(values))
+    ranks = torch.zeros(len(values), dtype=torch.float)
+    if len(values) > 1: ranks[values.cpu().argsort()] = torch.linspace(-1, 1, len(values), dtype=torch.float)
     return ranks
 
 # %% ../nbs/46_edge_search.ipynb #b6bf6cfa
@@ -93,7 +93,7 @@ def learned_order(
     average, history = scores.detach().clone(), dict[str, list[float]](kl=[], open=[])
     whole = cost(torch.ones_like(average)).item()
     optimizer = torch.optim.Adam([scores], lr=recipe.rate, betas=(.9, .98), eps=1e-12)
-    sizes = Sizes(Goal(kl=kl), recipe, kl, torch.rand(1, generator=draw).item(), first, first)
+    sizes = Sizes(Goal(kl=kl), recipe, kl, torch.rand(1, generator=draw, dtype=torch.float).item(), first, first)
     with torch.enable_grad(), frozen(examples.model):
         for i in range(recipe.steps):
             sharpness = recipe.sharpness[0] * (recipe.sharpness[1] / recipe.sharpness[0]) ** (i / recipe.steps)
@@ -209,7 +209,7 @@ def closing_slopes(
     writers[0] = True
     wires = wires_of(examples.host, circuit.masks(), writers)
     own = edges[wires.readers][:, wires.writers].float().to(examples.host.device).requires_grad_()
-    total, result = torch.zeros_like(own), torch.zeros(edges.shape)
+    total, result = torch.zeros_like(own), torch.zeros(edges.shape, dtype=torch.float)
     with torch.enable_grad(), frozen(examples.model):
         for rows in torch.arange(len(examples)).split(examples.batch_size):
             part = examples[rows]
@@ -460,7 +460,7 @@ def thinner(
     wires, (readers, writers) = graph.wires(examples.model), graph.kept.nonzero().T
     gates = gated(graph, wires, price)
     n, nodes = len(gates.writers) + len(gates.holder), len(wires.writers) - 1
-    start = torch.cat([torch.zeros(n), torch.full((nodes,), recipe.group_start)])
+    start = torch.tensor([0.] * n + [recipe.group_start] * nodes, dtype=torch.float)
     values, history = learned_order(gates.answers, examples, start, budget.nats(), recipe, seed, gates.cost)
     order = values.argsort(descending=True, stable=True)
     def first(m):

@@ -39,7 +39,7 @@ class HardConcrete:
     ) -> torch.Tensor:
         "Random gates that have a gradient with respect to `log_alpha`"
         shape = log_alpha.shape if n is None else (n, *log_alpha.shape)
-        u = torch.rand(shape, generator=generator, device=log_alpha.device).clamp_(1e-6, 1 - 1e-6)
+        u = torch.rand(shape, generator=generator, dtype=log_alpha.dtype, device=log_alpha.device).clamp_(1e-6, 1 - 1e-6)
         m = self.stretch(torch.sigmoid((u.logit() + log_alpha) / self.beta))
         return m + ((m > 0.5).to(m) - m).detach() if hard else m
 

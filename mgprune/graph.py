@@ -69,7 +69,7 @@ class Graph:
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Graph): return NotImplemented
-        return self.circuit.sites == other.circuit.sites and torch.equal(self.kept, other.kept)
+        return self.circuit == other.circuit and torch.equal(self.kept, other.kept)
 
     __hash__: ClassVar[None] = None  # tensors are compared, not hashed
 
@@ -206,6 +206,7 @@ def checked_edges(
         if not torch.is_tensor(value) or value.shape != wiring.exists.shape or (value.dtype == torch.bool) != (name == "kept"):
             raise InputError(f"{name}={shown(value)}: expected a {'boolean ' * (name == 'kept')}tensor of shape "
                              f"{tuple(wiring.exists.shape)}, [readers, writers] of this circuit's model")
+    if scores is not None and not scores.isfinite().all(): raise InputError("scores of edges: expected finite numbers")
     outside = (kept & ~edges_among(wiring, graph.circuit)).nonzero().tolist()
     if outside: raise InputError(
         f"the circuit has no edge {wiring.writers[outside[0][1]]}->{wiring.readers[outside[0][0]]}: expected edges between nodes "
@@ -320,9 +321,10 @@ def save(
     path, about = json_path(path), readable(graph.circuit)
     check_consistent(graph.circuit, about)
     check_replaceable(path)
+    if graph.scores is not None: graph = replace(graph, scores=graph.scores.float().cpu())
     parts = dict(kept=graph.circuit.kept, scores=graph.circuit.scores)
     tensors = {f"{part}.{l}": t.contiguous().clone() for part, levels in parts.items() for l, t in levels.items()}
-    own = dict(kept=graph.kept) | ({} if graph.scores is None else dict(scores=graph.scores.float().cpu()))
+    own = dict(kept=graph.kept) | ({} if graph.scores is None else dict(scores=graph.scores))
     def as_base64(found): return base64.b64encode(save_arrays({k: v.contiguous().clone() for k, v in found.items()})).decode()
     try: origin = json.loads(json.dumps(dict(graph.provenance)))
     except (TypeError, ValueError) as e: raise InputError(
@@ -340,19 +342,22 @@ def load(
     "Read a graph from disk; damaged files, and a model with other weights, are refused"
     path = json_path(path)
     refused = f"{str(path)!r} is not a graph, or was changed after it was saved: expected a file written by Graph.save"
-    try: data = json.loads(path.read_bytes())
+    try:
+        data = json.loads(path.read_bytes())
+        if not isinstance(data, dict) or data.get("format") != FORMAT: raise InputError(refused)
+        if data.pop("digest", None) != digest(as_text(data).encode()): raise InputError(refused)
     except OSError as e: raise InputError(f"cannot read the graph {str(path)!r}: {e.strerror}") from e
-    except ValueError as e: raise InputError(refused) from e
-    if not isinstance(data, dict) or data.get("format") != FORMAT: raise InputError(refused)
-    claimed = data.pop("digest", None)
-    if claimed != digest(as_text(data).encode()): raise InputError(refused)
+    except (ValueError, RecursionError) as e: raise InputError(refused) from e
     try:
         about, tensors = data["circuit"], tensors_of(base64.b64decode(data["circuit_arrays"]))
         check_provenance(about["provenance"])
         circuit = Circuit(tensors["kept"], sites_of(about["sites"]), tensors["scores"], about["provenance"])
+        check_consistent(circuit, about)
         own = load_arrays(base64.b64decode(data["arrays"]))
-        graph = Graph(own["kept"], circuit, own.get("scores"), data["provenance"])
-    except (KeyError, TypeError, ValueError) as e: raise InputError(f"{refused} ({shown(str(e))})") from e
+        graph = Graph(own.pop("kept"), circuit, own.pop("scores", None), data["provenance"])
+        if own or data["edges"] != [list(edge) for edge in graph.edges()]:
+            raise InputError("its edges are not those of its tensors")
+    except (AttributeError, KeyError, TypeError, ValueError) as e: raise InputError(f"{refused} ({shown(str(e))})") from e
     if model is not None: check_model(circuit, host_of(model))
     return graph
 

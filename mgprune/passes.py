@@ -282,7 +282,7 @@ def uniform_masks(
     device: torch.device | str = "cpu",  # where to put them
 ) -> SiteMasks:
     "Masks that are the same at all places of attention and MLP"
-    return site_masks({"block": torch.full((sites.n_layers,), value, device=device)}, sites)
+    return site_masks({"block": torch.full((sites.n_layers,), value, dtype=torch.float, device=device)}, sites)
 
 # %% ../nbs/15_passes.ipynb #d595aa33
 def free_bytes(

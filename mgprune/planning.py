@@ -115,7 +115,8 @@ def tried(
     search.smallest = search.largest = torch.full_like(search.smallest, log_odds(share))
     draw = torch.Generator().manual_seed(0)
     def drawn(level, shape):  # layers and MLPs are seldom shut as a whole
-        return 3 * torch.randn(shape, generator=draw) + (0. if level in {"head", *FINEST.values()} else recipe.group_start)
+        start = 0. if level in {"head", *FINEST.values()} else recipe.group_start
+        return start + 3 * torch.randn(shape, generator=draw, dtype=torch.float)
     scores = search.ways.join({level: drawn(level, shape) for level, shape in search.ways.shapes.items()})
     search.scores.data = scores.to(search.scores)
     return search
@@ -300,7 +301,7 @@ def counted(
     later = [held(parts[s]) + answers(parts[s], 2 if s == "test" or relative(asked.goal) else 1) for s in parts if s != "train"]
     step = pairs * step_bytes(host, train, recipe.gradient_checkpointing)
     return Plan(weight_bytes(host), held(train), True, answers(train, 2), gate_bytes_of(host, asked), step,
-                pairs * example_bytes(host, train), max(later), pairs)
+                fitting_size(host, train) * example_bytes(host, train), max(later), pairs)
 
 # %% ../nbs/27_planning.ipynb #047fa6f0
 @checked

@@ -56,9 +56,9 @@ def own_scores(
     places = torch.cat([t.flatten() for t in there.split([n for _, n in site_shapes(sites)], 1)])
     with torch.enable_grad(), frozen(examples.model):
         for start in range(0, len(examples), examples.batch_size):
-            part, total = examples[start:start + examples.batch_size], torch.zeros(len(places))
+            part, total = examples[start:start + examples.batch_size], torch.zeros(len(places), dtype=torch.float)
             for i in range(steps):
-                gates = torch.full((len(part), len(places)), (i + .5) / steps, device=device).requires_grad_()
+                gates = torch.full((len(part), len(places)), (i + .5) / steps, dtype=torch.float, device=device).requires_grad_()
                 divergence = kl_divergence(part.full, one_pass(part, masks_from(gates, sites))).sum()
                 total = total - torch.autograd.grad(divergence, gates)[0].float().cpu() / steps
             found.append(total)

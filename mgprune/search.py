@@ -91,7 +91,7 @@ def tolls(
     "What the cost of each neuron is multiplied by, [neurons]; None where it is 1 for all"
     if away is None: return None
     def toll(level: str, places: torch.Tensor) -> torch.Tensor:
-        if level not in away.kept: return torch.ones(len(places), device=places.device)
+        if level not in away.kept: return torch.ones(len(places), dtype=torch.float, device=places.device)
         return 1 + price * away.kept[level].to(places.device).flatten()[places].float()
     return torch.cat([toll(level, places) for level, places in ways.finest.items()])
 
@@ -112,7 +112,9 @@ def first_scores(
     def start(level: str) -> float:
         if goal.penalties is not None: return log_odds(recipe.first_size)
         return 0. if level in FINEST.values() else recipe.group_start
-    return ways.join({l: torch.full(shape, start(l), device=ways.index.device) for l, shape in ways.shapes.items()})
+    def all_at(value: float, shape: Any) -> torch.Tensor:
+        return torch.full(shape, value, dtype=torch.float, device=ways.index.device)
+    return ways.join({l: all_at(start(l), shape) for l, shape in ways.shapes.items()})
 
 # %% ../nbs/25_search.ipynb #262beea6
 def widest(
@@ -183,7 +185,7 @@ class Search(Sizes):
         self.period = 1 if device.type == "cpu" else SELDOM  # steps between two looks at what is shut
         self.recorded: dict[str, Replayed | None] | None = {} if can_record(examples) else None  # what a GPU repeats, if it can
         self.at_once = at_once(examples, recipe)
-        self.place = torch.rand(1, generator=self.noise, device=device).item()     # of the next size between them, from 0 to 1
+        self.place = torch.rand(1, generator=self.noise, dtype=torch.float, device=device).item()  # of the next size, from 0 to 1
 
     @property
     def history(self) -> dict[str, list[float]]:
@@ -277,8 +279,8 @@ def priced(
     search: Search,  # its state
 ) -> torch.Tensor:
     "The fixed price of each gate, [gates]"
-    return search.ways.join({l: torch.full(shape, (search.goal.penalties or {}).get(l, 0.), device=search.scores.device)
-                             for l, shape in search.ways.shapes.items()})
+    prices, like = search.goal.penalties or {}, dict(dtype=torch.float, device=search.scores.device)
+    return search.ways.join({l: torch.full(shape, prices.get(l, 0.), **like) for l, shape in search.ways.shapes.items()})
 
 # %% ../nbs/25_search.ipynb #d5776e2a
 def look(

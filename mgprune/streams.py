@@ -128,7 +128,7 @@ def closed_logits(
     if ablation is corrupt and same_end and answers is not None: return answers[held.rows]  # nothing of the clean prompt is left
     closed = uniform_masks(sites, 0., host.device)
     if held.recording.output is not None:
-        closed = closed._replace(output=torch.zeros(sites.n_layers, sites.width, device=host.device))
+        closed = closed._replace(output=torch.zeros(sites.n_layers, sites.width, dtype=torch.float, device=host.device))
     return circuit_logits(host, pairs, closed, held.over(pairs.clean.shape[1]), open_at(host, closed))
 
 # %% ../nbs/19_streams.ipynb #fe19d368
@@ -323,4 +323,4 @@ def logits_of(
     examples: Examples,  # to answer
 ) -> torch.Tensor:
     "Answer logits of the circuit, [examples, vocabulary]"
-    return examples.logits(circuit.masks().to(examples.host.device))
+    with torch.no_grad(): return examples.logits(circuit.masks().to(examples.host.device))

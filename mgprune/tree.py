@@ -225,7 +225,7 @@ def any_held(
     spread = TREE[level].spread
     if spread is None: return kept.reshape(*shape, -1).any(-1)
     parent = spread(torch.arange(shape[-1]).expand(shape), sites)
-    return torch.zeros(shape).scatter_add(-1, parent, kept.reshape(parent.shape).float()) > 0
+    return torch.zeros(shape, dtype=torch.float).scatter_add(-1, parent, kept.reshape(parent.shape).float()) > 0
 
 def lineage(
     shapes: Mapping[str, Any],  # level -> anything, for the levels that a model has

@@ -140,7 +140,7 @@ def closed_edges(
 ) -> torch.Tensor:
     "The edges that lie on a way from the embedding to the logits, boolean [readers, writers]"
     open, made = edges.float(), wiring.made_of.float()
-    reached, useful = torch.zeros(len(wiring.writers)), torch.zeros(len(wiring.readers))
+    reached, useful = (torch.zeros(len(all_of), dtype=torch.float) for all_of in (wiring.writers, wiring.readers))
     reached[0] = useful[-1] = 1
     for _ in range(2 * wiring.sites.n_layers):  # no way is longer
         reached = torch.maximum(reached, made @ (open @ reached)).clamp(max=1)

@@ -1,4 +1,5 @@
 """The command line: what it writes, how it refuses, and that a circuit measures the same twice."""
+import functools
 import io
 import json
 import os
@@ -24,7 +25,7 @@ from mgprune.evaluation import cut_by_size
 from mgprune.export import WRITERS
 from mgprune.files import digest
 from mgprune.models import load_model
-from mgprune.sites import FAMILIES
+from mgprune.sites import FAMILIES, find_sites
 
 ROOT = Path(__file__).parent.parent
 LEVELS = {"block", "head", "mlp", "attention_neuron", "mlp_neuron"}
@@ -37,6 +38,14 @@ def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("found")
     assert main(["discover", "ioi", *FAST, "--seed", "3", "--out", f"{folder}/out", "--json", f"{folder}/deep/ioi.json"]) == 0
     return folder
+
+
+@functools.cache
+def load_report():
+    "A short report"
+    model = load_model()
+    scores = {"head": torch.rand(4, 4), "mlp": torch.rand(4)}
+    return from_scores(scores, find_sites(model), .5).report(model, tasks.ioi(model, n=(16, 16, 16)), draws=1, most=8, ablations=("corrupt",), progress=False)
 
 
 @pytest.fixture
@@ -197,6 +206,17 @@ def test_a_page_that_is_there_stays(found, tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text("mine")
     assert "--report" in refused(capsys, "evaluate", found / "out", "--report", page) and page.read_text() == "mine"
+    assert "no report" in refused(capsys, "evaluate", found / "out", "--report", page, "--force") and page.read_text() == "mine"
+
+
+def test_a_report_takes_the_place_of_a_report_alone(found, tmp_path, capsys):
+    circuit = shutil.copy(found / "out" / "circuit.json", tmp_path / "circuit.json")
+    before = Path(circuit).read_bytes()
+    assert "no report" in refused(capsys, "evaluate", circuit, "--report", circuit, "--force") and Path(circuit).read_bytes() == before
+    assert "two files" in refused(capsys, "evaluate", circuit, "--report", tmp_path / "x.json", "--json", tmp_path / "x.json")
+    for name in ("page.md", "page.html", "page.json", "page.png"):
+        page = load_report().write(tmp_path / name)
+        assert "--force" in refused(capsys, "evaluate", circuit, "--report", page) and cli.is_page(page)
 
 
 # --- dtype, memory, and what comes first

@@ -1,17 +1,23 @@
 """A search for edges finds those that were planted, and a graph is what its file and its model say."""
+import base64
 import json
+import math
 import warnings
 
 import pytest
 import torch
+from safetensors.torch import load as load_arrays
+from safetensors.torch import save as save_arrays
 
 from mgprune import edges, tasks
 from mgprune.arguments import InputError
-from mgprune.circuit import from_kept, full_circuit
+from mgprune.circuit import as_text, from_kept, full_circuit
+from mgprune.curves import read_scores
 from mgprune.edge_controls import scrubbed
 from mgprune.edge_pass import edge_logits, prepare_edges
 from mgprune.edge_search import (budget_of, closing_slopes, gated, irreducible, thinned, true_edges, whole_nodes)
 from mgprune.evaluation import bound
+from mgprune.files import digest
 from mgprune.graph import Graph
 from mgprune.models import frozen
 from mgprune.objective import kl_divergence
@@ -137,3 +143,50 @@ def test_scrubbing_takes_what_another_pair_holds(planted):
     marks, test = scrubbed(graph, model, task), task.batch("test")
     assert marks["closed_kl"] > 10 * marks["kl"] and marks["closed_scrubbed_kl"] > 10 * marks["scrubbed_kl"]
     assert marks == scrubbed(graph, model, task) and scrubbed(graph, model, test)["kl"] == marks["kl"]
+
+
+@pytest.fixture(scope="module")
+def some_graph(model):
+    "A graph of half of the edges, with scores"
+    whole, draw = full_circuit(find_sites(model)), torch.Generator().manual_seed(0)
+    exists = Wiring(whole.sites).exists
+    kept = exists & (torch.rand(exists.shape, generator=draw) < .5)
+    return Graph(kept, whole, torch.randn(exists.shape, generator=draw, dtype=torch.double))
+
+
+def rewritten(path, change):
+    "The file with something changed, and a digest that fits"
+    data = json.loads(path.read_text())
+    change(data)
+    data.pop("digest")
+    path.write_text(json.dumps(data | dict(digest=digest(as_text(data).encode()))))
+    return path
+
+
+def other_tensors(data, of, **tensors):
+    "Tensors of a file in place of those that it has"
+    own = load_arrays(base64.b64decode(data[of]))
+    data[of] = base64.b64encode(save_arrays(own | tensors)).decode()
+
+
+@pytest.mark.parametrize("change", [
+    lambda data: other_tensors(data, "circuit_arrays", **{"kept.mlp_neuron": torch.zeros(4, 512, dtype=torch.bool)}),
+    lambda data: other_tensors(data, "circuit_arrays", **{"kept.block": torch.tensor([True, False, True, True])}),
+    lambda data: other_tensors(data, "arrays", kept=torch.zeros(53, 21, dtype=torch.bool)), lambda data: data.update(edges=None), lambda data: data.pop("edges"),
+    lambda data: other_tensors(data, "arrays", more=torch.zeros(2)), lambda data: data["edges"].pop()])
+def test_a_graph_whose_file_contradicts_itself_is_refused(some_graph, change, tmp_path):
+    path = some_graph.save(tmp_path / "graph")
+    assert Graph.load(path) == some_graph
+    with pytest.raises(InputError): Graph.load(rewritten(path, change))
+
+
+def test_what_is_no_graph_is_refused(some_graph, tmp_path):
+    (tmp_path / "nested.json").write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(InputError, match="not a graph"): Graph.load(tmp_path / "nested.json")
+    with pytest.raises(InputError, match="cannot be read"): read_scores(tmp_path / "nested.json", some_graph.circuit.sites)
+    with pytest.raises(InputError, match="finite"): Graph(some_graph.kept, some_graph.circuit, torch.full(some_graph.kept.shape, math.nan))
+
+
+def test_graphs_of_other_neurons_differ(some_graph):
+    fewer = dict(some_graph.circuit.kept) | dict(mlp_neuron=some_graph.circuit.kept["mlp_neuron"] & (torch.arange(512) > 3))
+    assert Graph(some_graph.kept, from_kept(fewer, some_graph.circuit.sites)) != some_graph == Graph(some_graph.kept, some_graph.circuit)

@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from scipy.stats import t as student
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from families import SPECIAL, TINY, pairs, randomise, tiny
@@ -142,6 +143,11 @@ def test_difference_equals_a_loop_over_pairs_and_resamples(model, task, examples
     for name, value in of(range(len(values))).items():
         row = found.row(name)
         ends = np.quantile([draw[name] for draw in again], [.025, .975])
+        if name != "faithfulness":  # by Student's distribution of the sums of groups, as for any mean of clusters
+            each = [value - of([i])[name] for i in range(len(group))]
+            sums = [sum(each[i] for i in range(len(group)) if group[i] == g) for g in range(len(names))]
+            error = math.sqrt(sum(s ** 2 for s in sums)) / len(group)
+            ends = value + np.array([-1, 1]) * student.ppf(.975, len(names) - 1) * error
         assert np.allclose((row["difference"], row["low"], row["high"]), (value, *ends), atol=1e-4), name
         assert row["apart"] == (ends[0] > 0 or ends[1] < 0)
     assert found.draws == len(names) and found.clusters == "giver"

@@ -7,16 +7,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mgprune import Circuit, discover, evaluate, load_model, tasks
+from mgprune import Circuit, discover, edges, evaluate, load_model, tasks
 from mgprune.applied import recorded_prompts
 from mgprune.attribution import attribute
 from mgprune.circuit import from_kept
+from mgprune.gates import HardConcrete
 from mgprune.hooks import host_of
 from mgprune.models import InputError
 from mgprune.passes import answer_logits, circuit_logits, record
 from mgprune.recipe import Recipe
 from mgprune.sites import find_sites
-from mgprune.streams import prepare
+from mgprune.streams import logits_of, prepare
 from mgprune.training import instead
 
 QUICK = Recipe(steps=20, confidence=None)
@@ -307,3 +308,24 @@ def test_a_corruption_that_leaves_the_model_right(model, task, capsys):
 def test_pairs_of_two_equal_prompts(model, task, capsys):
     half = [row | (dict(corrupt=row["clean"]) if i % 2 else {}) for i, row in enumerate(rows(task))]
     assert "48 of 96 pairs" in searched(model, half, capsys)[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_default_type_of_numbers_changes_nothing(model, task, tmp_path, dtype):
+    def found():
+        circuits = [discover(model, task, kl=.5, recipe=QUICK, progress=False, **more) for more in ({}, dict(gate=HardConcrete()))]
+        again = Circuit.load(circuits[0].save(tmp_path / "one"), model)
+        graph = edges(again, model, task, kl=3, recipe=Recipe(steps=3, confidence=None, trim=False))
+        return [*circuits, again, graph], evaluate(again, model, task), attribute(model, task.train[:8])
+    usual = found()
+    try:
+        torch.set_default_dtype(dtype)
+        other = found()
+    finally: torch.set_default_dtype(torch.float32)
+    assert usual[:2] == other[:2] and all(torch.equal(v, other[2][k]) for k, v in usual[2].items())
+
+
+def test_a_switch_that_transformers_leaves_on_gives_no_gradient_to_measures(task, circuit):
+    model = load_model()
+    model.gradient_checkpointing_enable()  # leaves a hook behind by which embeddings ask for a gradient
+    assert not logits_of(circuit, prepare(model, task)).requires_grad
