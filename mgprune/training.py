@@ -235,6 +235,7 @@ def instead(
     examples: Examples,  # its pairs on the model
 ) -> str:
     "What the full model says most often where it does not say a right answer, and whether a space is all the difference"
+    if task.tokenizer is None: return ""  # of pairs that are token ids already
     batch, likeliest = examples.batch, examples.full.argmax(-1)
     def follows(i, last): return text_of([last, i], task.tokenizer)[len(text_of([last], task.tokenizer)):]
     rows = zip(likeliest.tolist(), batch.answer.tolist(), batch.clean[:, -1].tolist())

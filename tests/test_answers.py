@@ -154,7 +154,7 @@ def test_command_line(task, tmp_path, capsys, monkeypatch):
     assert cli.main(["sweep", *asked]) == 0 and json.loads(file.read_text())[0]["answers_kl"] > 0
     said = capsys.readouterr().out.splitlines()
     assert "KL over the answers" in said and f"{json.loads(file.read_text())[0]['answers_kl']:.4f}" in said[-2]
-    assert cli.main(["discover", *asked]) == 0 and json.loads(file.read_text())["asked"] == "keep 0.3, over the answers"
+    assert cli.main(["discover", *asked, "--force"]) == 0 and json.loads(file.read_text())["asked"] == "keep 0.3, over the answers"
     capsys.readouterr()
     assert cli.main(["discover", "ioi", "--over", "tokens"]) == 2
     assert "vocabulary" in capsys.readouterr().err

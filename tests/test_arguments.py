@@ -82,7 +82,7 @@ QUICK = {  # of the measures, so that one that takes its arguments takes no time
     "curves.mib_curve": dict(draws=5, fractions=(.5,)), "curves.read_scores": dict(source=[(0, 0)]), "edge_search.edges": dict(recipe=BRIEF, kl=5.), "edge_search.thinned": dict(recipe=BRIEF, kl=5.),
     "hypotheses.hypotheses": dict(draws=1, shuffles=3, most=2),
     "necessity.necessity": dict(draws=1, steps=1, tries=1, most=2), "prompts.by_prompt": dict(most=2, steps=1), "report.report": dict(draws=1, most=2, ablations=("zero",)),
-    "trimming.trimmed": dict(kl=5.), "worth.worth": dict(draws=5)}
+    "trimming.trimmed": dict(kl=5.), "worth.worth": dict(draws=5), "worth.difference": dict(draws=5)}
 
 
 def someone(pool, rng): return tasks.Drawn(dict(name=rng.choice(pool["names"])), " Anna")
@@ -141,6 +141,7 @@ def test_every_measure_says_what_is_wrong(valid, tmp_path, monkeypatch):
             if (name, parameter) in OWN: continue
             for wrong in draw.sample(WRONG, 12):
                 given = {k: v for k, v in (valid | small).items() if k in inspect.signature(f).parameters} | QUICK[name]
+                if name == "worth.difference": given["other"] = small["circuit"]
                 said = outcome(f, given | {parameter: wrong})
                 if said == "result": break  # what it takes is tried once, for it takes time
                 if said == "refused": refused += 1
