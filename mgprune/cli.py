@@ -528,12 +528,17 @@ def written_folder(
     return [*sorted(write_folder(args.out, all_of_it, foreign, also).iterdir()), *also]
 
 # %% ../nbs/47_cli.ipynb #3d59687a
+def check_goal(
+    args: argparse.Namespace,  # from the command line
+) -> None:
+    "Refuse a wrong number before the model is loaded"
+    Goal(KL if args.kl is None and args.keep is None else args.kl, args.keep, faithfulness=args.faithfulness)
+
 def run_plan(
     args: argparse.Namespace,  # from the command line
 ) -> None:
     "Print what a search will take"
-    kl = KL if args.kl is None and args.keep is None else args.kl
-    Goal(kl, args.keep, faithfulness=args.faithfulness)  # refuses a wrong number
+    check_goal(args)
     settings = settings_of(args)
     model, task = opened(args)
     print(plan(model, task, args.kl, args.keep, faithfulness=args.faithfulness, **settings))
@@ -604,8 +609,7 @@ def run_discover(
     args: argparse.Namespace,  # from the command line
 ) -> None:
     "Search, print the circuit, write what was asked for"
-    kl = KL if args.kl is None and args.keep is None else args.kl
-    Goal(kl, args.keep, faithfulness=args.faithfulness)  # refuses a wrong number
+    check_goal(args)
     settings = search_settings(args)
     model, task = opened(args)
     circuit = discover(model, task, args.kl, args.keep, faithfulness=args.faithfulness, save=search_of(args), **settings)
