@@ -6,7 +6,7 @@
 __all__ = ['InputError']
 
 # %% ../nbs/00_arguments.ipynb #0024c33b
-import functools, inspect, math, numbers, reprlib, types, typing
+import functools, inspect, math, numbers, re, reprlib, types, typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,34 +82,53 @@ Share = Annotated[float, Must(lambda v: 0 < v <= 1, "above 0 and at most 1")]
 Seed = Annotated[int, between(0, 2 ** 63 - 1)]
 
 # %% ../nbs/00_arguments.ipynb #e9212a26
-def fits(
-    value: Any,  # of any kind
-    hint: Any,   # an annotation
-) -> bool:
-    "Whether the value is what the annotation says"
-    kind, parts = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any or isinstance(hint, typing.TypeVar): return True
-    if hint is None: return value is None
-    if kind is Annotated: return fits(value, parts[0]) and all(m.holds(value) for m in parts[1:] if isinstance(m, Must))
-    if kind in (typing.Union, types.UnionType): return any(fits(value, part) for part in parts)
-    if kind is Literal: return any(type(value) is type(part) and value == part for part in parts)
-    if kind: return _holds(value, kind, parts)
-    if hint is str: return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
-    if hint is Path: return isinstance(value, Path) and "\0" not in str(value)
-    if hint is int: return isinstance(value, numbers.Integral) and not isinstance(value, bool) and abs(int(value)) < 2 ** 63
-    if hint is float: return isinstance(value, numbers.Real) and not isinstance(value, bool) and _as_float(value)
-    return isinstance(value, hint)
+Test = Callable[[Any], bool]
+_HALF = re.compile("[\ud800-\udfff]")  # half a character, which cannot be written to a file
+
+def _not_bool(value: Any) -> bool: return not isinstance(value, bool)
 
 def _as_float(value: Any) -> bool:
     try: return not math.isnan(float(value))
     except OverflowError: return False
 
-def _holds(value: Any, kind: Any, parts: tuple[Any, ...]) -> bool:
-    if kind is Callable: return callable(value)
-    if not isinstance(value, kind) or isinstance(value, (str, bytes)): return False
-    if issubclass(kind, Mapping): return all(fits(k, parts[0]) and fits(v, parts[1]) for k, v in value.items())
-    if kind is tuple and parts[-1:] != (...,): return len(value) == len(parts) and all(map(fits, value, parts))
-    return kind is Iterable or all(fits(v, parts[0]) for v in value)
+_PLAIN: dict[Any, Test] = {
+    Any: lambda value: True,
+    None: lambda value: value is None,
+    str: lambda value: isinstance(value, str) and (value.isascii() or not _HALF.search(value)),
+    Path: lambda value: isinstance(value, Path) and "\0" not in str(value),
+    int: lambda value: isinstance(value, numbers.Integral) and _not_bool(value) and abs(int(value)) < 2 ** 63,
+    float: lambda value: isinstance(value, numbers.Real) and _not_bool(value) and _as_float(value)}
+
+@functools.cache  # values are checked far more often than annotations are read
+def _test(hint: Any) -> Test:
+    kind, parts = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(hint, typing.TypeVar): return _PLAIN[Any]
+    if kind is Annotated: return _all(_test(parts[0]), *(part.holds for part in parts[1:] if isinstance(part, Must)))
+    if kind in (typing.Union, types.UnionType): return _any(*map(_test, parts))
+    if kind is Literal: return lambda value: any(type(value) is type(part) and value == part for part in parts)
+    if kind: return _of_parts(kind, parts)
+    return _PLAIN.get(hint) or (lambda value: isinstance(value, hint))
+
+def _all(*tests: Test) -> Test: return lambda value: all(test(value) for test in tests)
+def _any(*tests: Test) -> Test: return lambda value: any(test(value) for test in tests)
+
+# %% ../nbs/00_arguments.ipynb #a5362c1f
+def _of_parts(kind: Any, parts: tuple[Any, ...]) -> Test:
+    if kind is Callable: return callable
+    tests = [_PLAIN[Any] if part is ... else _test(part) for part in parts]
+    def within(value: Any) -> bool:
+        if kind is not tuple or parts[-1:] == (...,): return kind is Iterable or all(tests[0](v) for v in value)
+        return len(value) == len(parts) and all(test(v) for test, v in zip(tests, value))
+    def by_key(value: Any) -> bool: return all(tests[0](k) and tests[1](v) for k, v in value.items())
+    parts_fit = by_key if issubclass(kind, Mapping) else within
+    return lambda value: isinstance(value, kind) and not isinstance(value, (str, bytes)) and parts_fit(value)
+
+def fits(
+    value: Any,  # of any kind
+    hint: Any,   # an annotation
+) -> bool:
+    "Whether the value is what the annotation says"
+    return _test(hint)(value)
 
 # %% ../nbs/00_arguments.ipynb #576c2323
 NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", Path: "a path", type(None): "None"}
@@ -161,11 +180,14 @@ def checked(
     return call
 
 # %% ../nbs/00_arguments.ipynb #3ab409d0
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]: return typing.get_type_hints(kind, include_extras=True)
+
 def check_fields(
     instance: Any,  # of a dataclass with annotations
 ) -> None:
     "Refuse a dataclass whose fields do not fit their annotations"
-    for name, hint in typing.get_type_hints(type(instance), include_extras=True).items():
+    for name, hint in _hints(type(instance)).items():
         if name in instance.__dataclass_fields__: expect(getattr(instance, name), name, hint, f"{type(instance).__name__}: ")
 
 # %% ../nbs/00_arguments.ipynb #722cd920

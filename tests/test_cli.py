@@ -29,7 +29,7 @@ from mgprune.sites import FAMILIES, find_sites
 
 ROOT = Path(__file__).parent.parent
 LEVELS = {"block", "head", "mlp", "attention_neuron", "mlp_neuron"}
-FAST = ["--keep", "0.2", "--steps", "120"]
+FAST = ["--keep", "0.2", "--steps", "40"]
 
 
 @pytest.fixture(scope="module")

@@ -100,13 +100,18 @@ except KeyboardInterrupt: print("interrupted", flush=True)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_interrupt_keeps_what_is_finished(workers, request, model, task, tmp_path):
     if workers > 1: request.getfixturevalue("ray")
-    run = subprocess.Popen([sys.executable, "-c", SCRIPT, tmp_path / "runs", str(workers)], stdout=subprocess.PIPE, text=True, start_new_session=True)
-    until = time.monotonic() + 120
-    while time.monotonic() < until and len([*(tmp_path / "runs").glob("*.json")]) < 2: time.sleep(.2)
-    time.sleep(1)
-    started = psutil.Process(run.pid).children(recursive=True)
-    os.killpg(run.pid, signal.SIGINT)  # as a terminal does it
-    assert run.communicate(timeout=60)[0] == "interrupted\n"
+    # a shell that starts the tests in the background has them ignore what Ctrl-C sends
+    with subprocess.Popen([sys.executable, "-c", SCRIPT, tmp_path / "runs", str(workers)], stdout=subprocess.PIPE, text=True, start_new_session=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) as run:
+        try:
+            until = time.monotonic() + 120
+            while time.monotonic() < until and len([*(tmp_path / "runs").glob("*.json")]) < 2: time.sleep(.2)
+            time.sleep(1)
+            started = psutil.Process(run.pid).children(recursive=True)
+            os.killpg(run.pid, signal.SIGINT)  # as a terminal does it
+            assert run.communicate(timeout=60)[0] == "interrupted\n"
+        finally:
+            if run.poll() is None: os.killpg(run.pid, signal.SIGKILL)
     assert not psutil.wait_procs(started, timeout=10)[1]
     jobs = [dict(model=model, task=task, seed=seed, recipe=Recipe(steps=5, confidence=None)) for seed in (0, 1)]
     assert {p.stem for p in (tmp_path / "runs").iterdir()} == {*map(name, jobs)}

@@ -113,7 +113,7 @@ def test_interrupted_at_any_line(model, task, tmp_path, monkeypatch):
     draw, whole = random.Random(0), discover(model, task, keep=.2, **QUICK)
     monkeypatch.setattr(resume, "BETWEEN", 0)
     watched = {Path(module.__file__) for module in (files, processes, recipe, search, resume, planning, training)}
-    for number in range(12):
+    for number in range(6):
         left = draw.randrange(1, 6000)
         def trace(frame, event, arg):
             nonlocal left
@@ -274,10 +274,18 @@ def test_one_program_at_a_time(model, task, broken_off, tmp_path):
 
 # --- the command line
 
-def test_an_interrupted_command_says_how_to_go_on_and_does(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def pairs(task, tmp_path):
+    "A file of the task's pairs"
+    path = tmp_path / "gifts.jsonl"
+    path.write_text("\n".join(json.dumps(dict(clean=p.clean, corrupt=p.corrupt, answer=p.answer, wrong=p.wrong)) for p in task.train + task.valid + task.test))
+    return str(path)
+
+
+def test_an_interrupted_command_says_how_to_go_on_and_does(pairs, tmp_path, monkeypatch, capsys):
     out, other = tmp_path / "out", tmp_path / "other"
     monkeypatch.setattr(plots, "save_figures", kills.spots)
-    command = ["discover", "ioi", "--keep", ".2", "--steps", "40", "--out"]
+    command = ["discover", pairs, "--keep", ".2", "--steps", "40", "--out"]
     assert cli.main([*command, str(other)]) == 0
     def interrupt(*options):
         with monkeypatch.context() as patch:
@@ -300,8 +308,8 @@ def test_an_interrupted_command_says_how_to_go_on_and_does(tmp_path, monkeypatch
     assert names(out) == {*results} and Circuit.load(out / "circuit.json").provenance.seed == 1
 
 
-def test_a_command_that_was_ended_after_its_search_writes_what_it_found(tmp_path, monkeypatch, capsys):
-    command = ["sweep", "ioi", "--keep", ".3", ".2", "--steps", "40", "--out", f"{tmp_path}/out"]
+def test_a_command_that_was_ended_after_its_search_writes_what_it_found(pairs, tmp_path, monkeypatch, capsys):
+    command = ["sweep", pairs, "--keep", ".3", ".2", "--steps", "40", "--out", f"{tmp_path}/out"]
     monkeypatch.setattr(plots, "save_figures", kills.spots)
     with monkeypatch.context() as patch:
         patch.setattr(cli, "write_results", stopping(cli.write_results, 1))
