@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: help demo test docs browser notebooks gpt2 install clean
 
 help:
-	@echo 'make demo       find the IOI circuit of the embedded model; writes it, its figures and a summary into demo/'
+	@echo 'make demo       find the Greater-Than circuit of the embedded model; writes it, its figures and a summary into demo/'
 	@echo 'make test       run the tests in the notebooks and in tests/'
 	@echo 'make docs       build the documentation site into _docs/'
 	@echo 'make browser    drive the explorer in JupyterLab and visit every page of _docs/, in an installed Chromium'
@@ -26,7 +26,7 @@ help:
 	@echo 'make clean      remove the environment and everything built'
 
 demo: $(VENV)/.library
-	$(BIN)/mgprune discover ioi --kl 0.1 --out demo --force
+	$(BIN)/mgprune discover greater-than --kl 0.02 --out demo --force
 
 test: $(VENV)/.tools
 	$(LIMIT) $(BIN)/nbdev_test --n_workers 2 --timing

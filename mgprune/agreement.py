@@ -41,7 +41,7 @@ def answers_with(
     masks: SiteMasks,    # of the circuit
     values: Recording,   # constants, one row of one position
 ) -> torch.Tensor:
-    "Answer logits with closed nodes at the constants, [examples, vocabulary], with a gradient to these"
+    "Answer logits with ablated nodes at the constants, [examples, vocabulary], with a gradient to these"
     batch = examples.batch
     rows = torch.zeros(len(batch), dtype=torch.long, device=batch.clean.device)
     held = Held(values, rows).over(batch.clean.shape[1])
@@ -53,7 +53,7 @@ def loss_with(
     values: Recording,   # constants, one row of one position
     loss: Loss,          # of each pair
 ) -> float:
-    "Mean loss with closed nodes at the constants"
+    "Mean loss with ablated nodes at the constants"
     parts = [examples[rows] for rows in torch.arange(len(examples)).split(examples.batch_size)]
     with torch.no_grad(): return torch.cat([loss(answers_with(p, masks, values), p) for p in parts]).mean().item()
 
@@ -111,7 +111,7 @@ def optimal(
     batch_size: Count = 32,                 # pairs per step
     seed: Seed = 0,                         # of the draw of pairs
 ) -> Ablation:  # an ablation, to be given as `ablation=`
-    """An ablation with the constants for closed nodes that harm the circuit least on training pairs
+    """An ablation with the constants for ablated nodes that harm the circuit least on training pairs
 
     Raises `InputError` for a model with experts.
     See also `under_ablations`, `mean`.
@@ -133,7 +133,7 @@ def optimal(
 def held_at(
     values: Recording,  # constants, one row of one position
 ) -> Ablation:
-    "The ablation that holds closed nodes there"
+    "The ablation that holds ablated nodes there"
     def optimal(host: Host, pairs: Batch, reference: Batch | None, output: bool) -> Recording:
         "constants that harm this circuit least on training pairs"
         if output and values.output is None: raise InputError(

@@ -55,7 +55,7 @@ class Provenance(Mapping[str, Any]):
     pairs: list[int] | None = None  # number of pairs to train, choose and test with
     hold_out: str | None = None     # what pairs to choose and test with do not share with others; None: clean prompts
     pairs_file: dict[str, str] | None = None  # path and digest of the file that they were read from
-    ablation: str | None = None     # what closed nodes held when it was found and measured
+    ablation: str | None = None     # what ablated nodes held when it was found and measured
     seed: int | None = None         # of the search
     settings: dict[str, Any] | None = None  # what was asked for, recipe, gate and the threshold of this circuit
     versions: dict[str, str] | None = None  # of the packages
@@ -252,7 +252,7 @@ class Circuit:
     def export(self,
         model: Model,            # that it belongs to
         path: str | Path,        # of the new folder
-        ablation: Any = "zero",  # the constant that closed nodes are held at: "zero" or "mean"
+        ablation: Any = "zero",  # the constant that ablated nodes are held at: "zero" or "mean"
         reference: Any = None,   # for "mean": Task, whose training pairs are taken, or pairs; their corrupt prompts are averaged
         smaller: bool = True,    # remove what is closed where the architecture allows it; False keeps the shape and writes zeros
     ) -> dict[str, tuple[int, int]]:

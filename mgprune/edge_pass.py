@@ -568,7 +568,7 @@ def prepare_edges(
     bound: Ablation = pairs.ablation if isinstance(pairs, Examples) else corrupted_run
     for name in (found, name_of(bound)):
         if name not in ("corrupt", name_of(corrupted_run)): raise InputError(
-            f"closed nodes held {shown(name)}, which no run of the model gives: edges are closed by the pair's own corrupt "
+            f"ablated nodes held {shown(name)}, which no run of the model gives: edges are closed by the pair's own corrupt "
             "prompt, ablation='corrupt'")
     return prepare(model, pairs, split, corrupted_run, most=most, closed=closed, batch_size=batch_size)
 

@@ -197,17 +197,17 @@ def title_of(
 def facts_of(
     circuit: Circuit,  # any
 ) -> str:
-    "How good it is and what closed nodes held, in a line; empty if it was not measured"
+    "How good it is and what ablated nodes held, in a line; empty if it was not measured"
     metrics = {k: noted(circuit, "metrics", k) for k in ("kl", "accuracy", "full_accuracy")}
-    words = dict(kl="KL {:.3g} from the full model", accuracy="right on {:.1%} of held-out pairs",
+    words = dict(kl="KL {:.3g} from the full model", accuracy="correct on {:.1%} of held-out pairs",
                  full_accuracy="the full model on {:.1%}")
     said = ", ".join(words[k].format(v) for k, v in metrics.items() if v is not None)
-    return f"{said}; closed nodes hold {held_in_words(circuit)}" if said else ""
+    return f"{said}; ablated nodes hold {held_in_words(circuit)}" if said else ""
 
 def held_in_words(
     circuit: Circuit,  # any
 ) -> str:
-    "What closed nodes held when the circuit was found and measured"
+    "What ablated nodes held when the circuit was found and measured"
     name = circuit.provenance.ablation or "corrupt"  # older circuits know no other
     known = ABLATIONS.get(name)
     return what_it_holds(known) if known else f"what the ablation {printable(name)} gives them"
@@ -286,7 +286,8 @@ def refused(
 ) -> InputError:
     "What to say of an ablation that no checkpoint can hold"
     return InputError(
-        f"ablation={name_of(ablation)!r}: a checkpoint holds closed nodes at constants, one value for all prompts and positions, "
+        f"ablation={name_of(ablation)!r}: a checkpoint holds ablated nodes at constants, one value for all prompts and "
+        "positions, "
         f"but {why}. Export with ablation='zero' or 'mean', and measure the circuit under the same ablation first, as in "
         "evaluate(circuit, model, task, 'zero')")
 
@@ -296,10 +297,10 @@ def constants(
     reference: Batch | None,  # reference pairs
     output: bool,             # hold what the MLPs add to the residual stream too
 ) -> Recording:
-    "What closed nodes are held at, of one row and one position; values that are no constants are refused"
+    "What ablated nodes are held at, of one row and one position; values that are no constants are refused"
     found = ablation_named(ablation)
     if found in ABLATIONS.values() and found not in (zero, mean) or getattr(found, "each_pair", False):
-        raise refused(found, "closed nodes hold other values for each pair, or at each position")
+        raise refused(found, "ablated nodes hold other values for each pair, or at each position")
     given = found(host, short_pairs(host.model), reference, output)
     values = given.recording if isinstance(given, Held) else given
     if not isinstance(values, Recording): raise refused(found, f"it returned a {type(values).__name__}, and no Recording")
@@ -322,7 +323,7 @@ def bias_of(
 
 def lacks_bias(
     host: Host,       # model with its sites
-    held: Recording,  # what closed nodes are held at, from constants
+    held: Recording,  # what ablated nodes are held at, from constants
 ) -> bool:
     "Whether a constant other than zero is to be added where the architecture has no bias"
     places = (*zip(host.sites.attention, held.attention), *zip(host.sites.mlp, held.mlp), *zip(host.sites.mlp, held.output or ()))
@@ -415,7 +416,7 @@ def filled(
 def silenced(
     circuit: Circuit,        # any
     model: PreTrainedModel,  # that it belongs to
-    held: Recording,         # what closed nodes are held at, from constants
+    held: Recording,         # what ablated nodes are held at, from constants
 ) -> PreTrainedModel:
     "A copy of the model, of the same shape and on the CPU, that is the circuit without any hooks"
     sites, masks, held = circuit.sites, circuit.masks(), held.map(lambda t: t.flatten().cpu())
@@ -562,7 +563,7 @@ def some_prompts(
 def check_same(
     circuit: Circuit,           # any
     host: Host,                 # the model that it belongs to, with its sites
-    held: Recording,            # what closed nodes are held at, from constants
+    held: Recording,            # what ablated nodes are held at, from constants
     exported: torch.nn.Module,  # the model that was written
     reference: Batch | None,    # reference pairs
 ) -> None:
@@ -633,13 +634,13 @@ def export(
     circuit: Circuit,        # any
     model: Model,            # that it belongs to
     path: str | Path,        # of the new folder
-    ablation: Any = "zero",  # the constant that closed nodes are held at: "zero" or "mean", or a function that returns constants
+    ablation: Any = "zero",  # the constant that ablated nodes are held at: "zero" or "mean", or a function that returns constants
     reference: Pairs | None = None,  # for "mean": Task, whose training pairs are taken, or pairs; of their corrupt prompts
     smaller: bool = True,    # remove what is closed where the architecture allows it; False keeps the shape and writes zeros
 ) -> dict[str, tuple[int, int]]:
     """Write the circuit as a Hugging Face checkpoint of its own; returns name -> (of the original, of what was written)
 
-    Raises `InputError` if what closed nodes hold is no constant.
+    Raises `InputError` if what ablated nodes hold is no constant.
     See also `Circuit.compact`.
     >>> sizes = export(circuit, model, "smaller")"""
     check_folder(path)

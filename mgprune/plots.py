@@ -57,7 +57,7 @@ def literal(
 
 # %% ../nbs/30_plots.ipynb #7ce7710e
 SHARE = sns.light_palette(sns.color_palette("colorblind")[0], as_cmap=True)  # colour of a share kept, from 0 to 1
-CLOSED, FADED = "0.9", "0.965"  # colours of a closed node, and in a closed block
+CLOSED, FADED = "0.9", "0.965"  # colours of an ablated node, and in a closed block
 COLOURS = dict(zip(dict.fromkeys((*NEURONS, *TREE)), sns.color_palette("colorblind", len(TREE))))  # of each level
 
 def shade(

@@ -80,7 +80,7 @@ def on_faithfulness(
         dict(question="Does it answer as the model does?", verdict=said,
              not_shown=f"that it does so on every prompt: the mean KL is {kl['value']:.3g}, the worst {worst['kl']:.3g}; and "
                        "nothing of prompts that are not like these"),
-        dict(question="Whatever closed nodes hold?", verdict=same + spread,
+        dict(question="Whatever ablated nodes hold?", verdict=same + spread,
              not_shown="what it does with values that none of these ablations puts there")]
 
 def on_necessity(

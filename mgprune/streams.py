@@ -240,7 +240,7 @@ def reference_of(
 def rebound(
     model: torch.nn.Module,    # the model to use
     examples: Examples,        # bound to it, or to one of the same weights
-    ablation: Any,             # what closed nodes should hold; None: what they hold already
+    ablation: Any,             # what ablated nodes should hold; None: what they hold already
     reference: Any,            # as a user says which pairs; None: those that the examples have
     closed: bool,              # answer with every node ablated
     output: bool,              # hold what the MLPs add to the residual stream too

@@ -240,7 +240,7 @@ def close(
     kept: Mapping[str, torch.Tensor],  # level -> boolean tensor [layers, ...]; levels that are left out count as kept
     sites: Sites,                      # from find_sites
 ) -> dict[str, torch.Tensor]:
-    """Make a set of nodes consistent: children of closed nodes are closed, parents of closed children too
+    """Make a set of nodes consistent: children of ablated nodes are closed, parents of closed children too
 
     See also `from_kept`.
     >>> closed = close({"head": torch.zeros(4, 4, dtype=torch.bool)}, circuit.sites)

@@ -232,7 +232,7 @@ def answer_rows(
     top: int = 5,                        # number of tokens below the answers
 ) -> list[Row]:
     "Rows of the table: (what it is, text, probability in each column)"
-    answers = dict(right=batch.answer, wrong=batch.wrong)
+    answers = dict(correct=batch.answer, wrong=batch.wrong)
     ids = {kind: [i for i in padded[0].tolist() if i >= 0] for kind, padded in answers.items()}
     def text(i: int) -> str: return repr(tokenizer.decode([i]))
     rows = [(kind, text(some[0]) if len(some) == 1 else f"any of {len(some)}", probabilities[:, some].sum(-1).tolist())
@@ -243,7 +243,7 @@ def answer_rows(
     return rows + [(kind.get(i, ""), text(i), probabilities[:, i].tolist()) for i in likeliest]
 
 # %% ../nbs/31_widgets.ipynb #e26bc1db
-BARS = {"right": "1,115,178", "wrong": "222,143,5", "": "128,128,128"}  # told apart with any colour vision
+BARS = {"correct": "1,115,178", "wrong": "222,143,5", "": "128,128,128"}  # told apart with any colour vision
 TABLE = "border-collapse:collapse;line-height:1.5;color:inherit"
 CELL = "padding:1px 6px"
 NUMBER = f"{CELL};text-align:right;min-width:5.5em"
@@ -258,7 +258,7 @@ def tagged(
     return f'<{tag} style="{style}">{content}</{tag}>'
 
 def bar(
-    kind: str,   # "right", "wrong" or ""
+    kind: str,   # "correct", "wrong" or ""
     p: float,    # a probability
 ) -> str:
     "The cell of a probability, with a bar behind the number"
@@ -427,7 +427,7 @@ def held_html(
 ) -> str:
     "What ablated nodes hold, in words"
     if ablation is corrupt: return f"corrupt prompt: {html.escape(pair.corrupt)}"
-    return f"closed nodes hold {html.escape(what_it_holds(ablation))}"
+    return f"ablated nodes hold {html.escape(what_it_holds(ablation))}"
 
 # %% ../nbs/31_widgets.ipynb #9bf70d17
 State = tuple[int, tuple[int, ...], Mapping[Node, bool], str]  # threshold's stop, limits, what was done by hand, ablation
@@ -690,20 +690,22 @@ def looks_html(
     said = ", ".join(f"{code(tokens[i])} {w:.0%}" for w, i in zip(weights.tolist(), places.tolist()))
     return f"From the last token it looks at {said}."
 
+# %% ../nbs/31_widgets.ipynb #8ba2d0fe
 def writes_html(
     view: Explorer,  # any
     node: Node,      # a head or an MLP
     most: int = 3,   # neurons to name
 ) -> str:
-    "What the kept neurons of a node that rank highest write by the direct path, as HTML"
+    "What the neurons of a node that rank highest write by the direct path, as HTML; of an ablated node those it was opened with"
     level = ranked_by(node[0]) or ""
-    kept = [index for (index,) in view.circuit.kept[level][node[1:]].nonzero().tolist()]
+    now, opened = ([index for (index,) in c.kept[level][node[1:]].nonzero().tolist()] for c in (view.circuit, view.opened))
+    kept = now or opened
     if not kept: return "None of its neurons is kept."
     rank = lowest(view.opened.scores, view.opened.sites).get(level)
     if rank is not None: kept.sort(key=lambda index: -rank[node[1:]][index].item())
     rows = written_logits(view.model, level, [(*node[1:], index) for index in kept[:most]])
     lines = (f"neuron {index} writes {likeliest(row, tokenizer_of(view.model))}" for index, row in zip(kept, rows))
-    return "<br>".join(lines)
+    return "<br>".join([*([] if now else ["Ablated now; as opened:"]), *lines])
 
 # %% ../nbs/31_widgets.ipynb #25534080
 def detail_html(

@@ -186,7 +186,7 @@ class Worth:
     "What a circuit is worth on some pairs"
     pairs: pd.DataFrame  # a row for each pair: prompt, answer and measures
     table: pd.DataFrame  # a row for each group and measure: value, interval, standard error; of the divergence its quantiles
-    ablation: str        # what closed nodes held
+    ablation: str        # what ablated nodes held
     clusters: str | None # grouping whose pairs are drawn together
     confidence: float    # of the intervals
     draws: int           # groups of pairs drawn together, or pairs, that the intervals are of
@@ -312,7 +312,7 @@ class Difference:
     table: pd.DataFrame  # a row for each measure: value of each, the difference with its interval, whether that leaves out 0
     kept: pd.DataFrame   # a row for each level: nodes that each keeps, and jaccard, the share of them that both do
     pairs: int           # that both answered
-    ablation: str        # what closed nodes held
+    ablation: str        # what ablated nodes held
     clusters: str | None # grouping whose pairs are drawn together
     draws: int           # groups of pairs drawn together, or pairs, that the intervals are of
     confidence: float    # of the intervals
@@ -327,7 +327,7 @@ class Difference:
 
     def __repr__(self) -> str:
         drawn = f", in {self.draws} groups by {self.clusters}" if self.clusters else ""
-        said = f"{self.pairs} pairs{drawn}, {self.confidence:.0%} intervals, closed nodes as under {self.ablation}"
+        said = f"{self.pairs} pairs{drawn}, {self.confidence:.0%} intervals, ablated nodes as under {self.ablation}"
         tables = (t.to_string(index=False, float_format="{:.4g}".format) for t in (self.table, self.kept))
         return "\n\n".join([*tables, said])
 

@@ -68,12 +68,12 @@ def run(model, batch):
 
 
 def under(model, circuit, batch, held):
-    "Logits of the circuit with closed nodes at constants, by hooks"
+    "Logits of the circuit with ablated nodes at constants, by hooks"
     with interpolated(host_of(model), circuit.masks(), held): return run(model, batch)
 
 
 def constants(model, ablation="zero", reference=None):
-    "What closed nodes of an exported circuit are held at, MLP outputs as well"
+    "What ablated nodes of an exported circuit are held at, MLP outputs as well"
     return export.constants(host_of(model), ablation, reference, True)
 
 
@@ -459,9 +459,9 @@ def test_page_and_card_say_what_closed_nodes_held(scored, ablation, words):
     about = dict(metrics=dict(kl=.1, accuracy=.9, full_accuracy=1.), **(dict(ablation=ablation) if ablation else {}))
     circuit = Circuit(scored.kept, scored.sites, provenance=about)
     page, text = circuit.view(), export.card(circuit, "me/ioi")
-    assert f"the full model on 100.0%; closed nodes hold {words}</p>" in page
-    assert f"closed nodes hold {words}." in text.replace("'", "&#x27;").replace("&#60;", "&lt;") and ("| ablation |" in text) == bool(ablation)
-    assert "closed nodes" not in Circuit(scored.kept, scored.sites, provenance=dict(ablation="zero")).view()  # without measures
+    assert f"the full model on 100.0%; ablated nodes hold {words}</p>" in page
+    assert f"ablated nodes hold {words}." in text.replace("'", "&#x27;").replace("&#60;", "&lt;") and ("| ablation |" in text) == bool(ablation)
+    assert "ablated nodes" not in Circuit(scored.kept, scored.sites, provenance=dict(ablation="zero")).view()  # without measures
 
 
 def test_names_on_the_page_are_text_and_not_code(scored):

@@ -46,7 +46,7 @@ def logits_of(model, batch, masks):
 
 
 def masked_logits_of(model, batch, masks):
-    "The same with closed nodes computed too, and replaced to the last bit"
+    "The same with ablated nodes computed too, and replaced to the last bit"
     examples = prepare(model, batch)
     with torch.no_grad(), frozen(model): return circuit_logits(examples.host, examples.batch, masks, examples.held.over(batch.clean.shape[1]))
 

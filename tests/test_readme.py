@@ -22,8 +22,8 @@ def test_the_python_runs_in_its_order(tmp_path, monkeypatch, capsys):
     for code, _ in BLOCKS:
         exec(compile(code, "README.md", "exec"), names)
         printed[code] = capsys.readouterr().out
-    assert names["again"] == names["circuit"] and (tmp_path / "ioi.json").exists()
-    assert names["small"].n_neurons() == round(.08 * 2560)
+    assert names["again"] == names["circuit"] and (tmp_path / "years.json").exists()
+    assert names["small"].n_neurons() == round(.06 * 2560)
     for code, shown in BLOCKS:
         if shown and "print(" in code and not re.search("discover|circuit|small", code): assert printed[code] == shown
 

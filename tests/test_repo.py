@@ -90,9 +90,8 @@ def test_links_lead_to_notebooks(path):
             assert (path.parent / target).is_file(), f"cell {cell['id']} links to {target}"
 
 
-LEFT_OUT = ("ioi_smollm2.ipynb", "larger_models.ipynb")  # tutorials that have longer sentences still
 READ_FIRST = [ROOT / "nbs" / "index.ipynb", ROOT / "nbs" / "questions.ipynb",
-              *(p for p in NOTEBOOKS if p.parent.name == "tutorials" and p.name not in LEFT_OUT)]
+              *(p for p in NOTEBOOKS if p.parent.name == "tutorials")]
 
 
 def sentences(text):

@@ -47,7 +47,7 @@ def applied_probability(circuit, pair, ablation=None, reference=TASK):
 
 def shown_probabilities(view):
     "The same, read from the view: the numbers in the row of the right answer"
-    row = view.answers.value.split(">right<")[1].split("</tr>")[0]
+    row = view.answers.value.split(">correct<")[1].split("</tr>")[0]
     return [part.split("<")[0] for part in row.split('%)">')[1:]]
 
 

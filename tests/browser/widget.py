@@ -81,7 +81,7 @@ class Page:
 
     def answer(self):
         "Probability of the right answer in the circuit, as text"
-        return self.view.locator("tr", has=self.page.locator("td", has_text=re.compile("^right$"))).first.locator("td").nth(3).inner_text()
+        return self.view.locator("tr", has=self.page.locator("td", has_text=re.compile("^correct$"))).first.locator("td").nth(3).inner_text()
 
     def counts(self):
         "The line that says how much is kept"
@@ -127,6 +127,7 @@ def drive(page, model, task, circuit, folder, shots):
     pair, view = task.test[0], Page(page)
     view.wait(view.answer, computed(model, circuit, pair))
     page.screenshot(path=shots / "widget-opened.png")
+    view.view.screenshot(path=shots / "explorer.png")
 
     rests = {head: chosen(circuit, Choice(edits={("head", *head): False})) for head in circuit.heads()}
     layer, head = min(rests, key=lambda head: float(computed(model, rests[head], pair).rstrip("%")))  # the one that matters most here
@@ -148,7 +149,7 @@ def drive(page, model, task, circuit, folder, shots):
     view.wait(view.answer, means)
     assert view.view.get_by_text("all ablated", exact=True).count() == 1
     page.screenshot(path=shots / "widget-means.png")
-    print(f"closed nodes hold means: the answer has {means}")
+    print(f"ablated nodes hold means: the answer has {means}")
     ablations.select_option(label="corrupt")
     view.wait(view.answer, computed(model, circuit, pair))
 
@@ -173,7 +174,7 @@ def drive(page, model, task, circuit, folder, shots):
     print(f"layer {layer} head {head} looked at, with a note on it")
 
     closed = view.counts()
-    view.view.locator("select", has=page.locator("option", has_text=re.compile("^heads alone$"))).select_option(label="heads alone")
+    view.view.locator("select", has=page.locator("option", has_text=re.compile(r"^heads\salone$"))).select_option(value="heads alone")
     view.wait(lambda: "0 of 4 MLPs" in view.counts(), True)
     view.view.locator("button", has_text=re.compile("^undo$")).click()
     view.wait(view.counts, closed)
