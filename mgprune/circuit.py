@@ -300,6 +300,7 @@ def needed(
     trimmed, asked = circuit.provenance.trimmed or {}, circuit.provenance.settings or {}
     least = [f"{spoken(kind)} by {min(by.values()):.2g}" for kind, by in trimmed.get("over", {}).items() if by]
     what = "KL" if asked.get("faithfulness") is None else "KL or faithfulness"
+    what = f"the upper bound of {what}" if (asked.get("recipe") or {}).get("confidence") else what
     guess = "" if trimmed.get("sure") else " (an estimate)"
     untried = f"; {trimmed['untried']} heads, MLPs or tenths of their neurons were not tried" if trimmed.get("untried") else ""
     said = f"ablated alone, the least important part of each kind puts {what} over the budget{guess}: {', '.join(least)}{untried}"

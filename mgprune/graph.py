@@ -243,7 +243,8 @@ def in_text(
     names = {"ACDC": "edges as ACDC", "group": "edges by group"}
     rows = [f"  {names[how]:<17}{n:>9,} of {total:>9,}{n / total:>9.1%}" for how, (n, total) in graph.counts().items()]
     nodes = f"  {len(graph.writers())} writers, {len(graph.readers())} readers"
-    said = ", ".join(f"{printable(k).replace('_', ' ')} {v:.3g}" for k, v in metrics.items() if isinstance(v, float))
+    said = ", ".join(f"{printable(k).replace('closed', 'fully ablated').replace('_', ' ')} {v:.3g}" for k, v in metrics.items()
+                     if isinstance(v, float))
     last = said, needed(replace(graph.circuit, provenance=graph.provenance))
     return "\n".join([head, *rows, nodes, *("  " + line for line in last if line)])
 

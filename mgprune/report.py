@@ -264,7 +264,9 @@ class Report:
     def json(self) -> str: return in_json(self)
     def _repr_html_(self) -> str: return first_screen(self)
     def __repr__(self) -> str:
-        return "\n".join([self.title, *self.first(), "", self.worst().to_string(index=False, float_format="{:.4g}".format)])
+        worst = self.worst().to_string(index=False, float_format="{:.4g}".format)
+        more = "`verdicts` has an answer to each question; `write(\"report.html\")` writes everything"
+        return "\n".join([self.title, *self.first(), "", worst, "", more])
 
     def write(self,
         path: str | Path,  # of the file; its ending is one of .md, .html, .json and .png

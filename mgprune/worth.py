@@ -23,6 +23,7 @@ from .objective import is_right, kl_divergence, logit_difference, set_logits
 from .pairs import Batch, Pair, text_of
 from .streams import Examples, Pairs, ablation_of, logits_of, prepare_for, task_of
 from .tasks import Task
+from .tree import NEURONS
 from .words import word_pool
 
 # %% ../nbs/36_worth.ipynb #e405b64c
@@ -212,6 +213,9 @@ class Worth:
         agreed = whole["measure"][(whole["error"] == 0) & (whole["low"] < whole["high"])]
         notes = [f"{', '.join(agreed)}: all pairs agree, so the error is 0; the exact interval says what {self.draws} "
                  f"{f'groups by {self.clusters}' if self.clusters else 'pairs'} leave open"] if len(agreed) else []
+        drawn = f"{self.draws} groups by {self.clusters}" if self.clusters else f"{self.draws} pairs"
+        notes.insert(0, f"{len(self.pairs)} pairs, {self.confidence:.0%} intervals of {drawn}, ablated nodes as under "
+                        f"{self.ablation}")
         return "\n".join([whole.to_string(index=False, float_format="{:.4g}".format, na_rep=""), *notes])
 
 # %% ../nbs/36_worth.ipynb #78e758b4
@@ -328,6 +332,8 @@ class Difference:
     def __repr__(self) -> str:
         drawn = f", in {self.draws} groups by {self.clusters}" if self.clusters else ""
         said = f"{self.pairs} pairs{drawn}, {self.confidence:.0%} intervals, ablated nodes as under {self.ablation}"
+        unlike = self.kept[(self.kept["circuit"] != self.kept["other"]) & self.kept["level"].isin(NEURONS)]
+        if len(unlike): said += ". The circuits are not of one size, which may be what tells them apart"
         tables = (t.to_string(index=False, float_format="{:.4g}".format) for t in (self.table, self.kept))
         return "\n\n".join([*tables, said])
 
