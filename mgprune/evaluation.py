@@ -296,7 +296,10 @@ def check_size(
     others, asked = sum(total[level] for level in NEURONS) - len(ranked), round(keep * len(ranked))
     least, said = int(ranked.unique(return_counts=True)[1].min()), []
     if others: said.append(f"the {others:,} others have no score and stay open")
-    if asked - (size - others) > least: said.append("the next node does not fit, or the next scores are equal")
+    if asked - (size - others) > least:
+        more = int((ranked >= ranked[min(asked, len(ranked) - 1)]).sum())
+        said.append(f"the next {more - (size - others):,} have one score and do not fit, "
+                    f"keep={more / len(ranked):.6g} takes them")
     if said: warnings.warn(
         f"keep={keep:g} asks for {asked:,} of the {len(ranked):,} ranked neurons: {'; '.join(said)}. The circuit has {size:,} "
         f"of {len(ranked) + others:,}", stacklevel=4)

@@ -322,9 +322,9 @@ def test_scores_from_elsewhere_are_read_or_refused_in_words(tmp_path, model, exa
 @pytest.mark.parametrize("scores, keep, neurons, says", [
     (dict(head=torch.arange(16.).view(4, 4)), .1, 2080, "2,048 others have no score"), (dict(head=torch.arange(16.).view(4, 4)), .85, 2464, "has 2,464 of 2,560"),
     (dict(mlp=torch.arange(4.)), .3, 512 + 512, "512 others have no score"),
-    (dict(head=torch.arange(16.).view(4, 4), mlp=torch.full((4,), 7.5)), .2, 256, "next node does not fit"),
+    (dict(head=torch.arange(16.).view(4, 4), mlp=torch.full((4,), 7.5)), .2, 256, "have one score and do not fit, keep="),
     (dict(head=torch.arange(16.).view(4, 4), mlp=torch.full((4,), 3.5)), .15, 384, None), (dict(head=torch.arange(16.).view(4, 4), mlp=torch.full((4,), 3.5)), .16, 384, None),
-    (dict(attention_neuron=torch.zeros(4, 4, 32), mlp_neuron=torch.arange(2048.).view(4, 512)), .9, 2047, "equal"),
+    (dict(attention_neuron=torch.zeros(4, 4, 32), mlp_neuron=torch.arange(2048.).view(4, 512)), .9, 2047, "have one score"),
     (dict(attention_neuron=torch.zeros(4, 4, 32), mlp_neuron=torch.arange(2048.).view(4, 512)), 1., 2560, None)])
 def test_a_size_that_whole_nodes_do_not_give_is_said(model, scores, keep, neurons, says):
     sites = find_sites(model)
