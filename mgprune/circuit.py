@@ -355,12 +355,12 @@ def measure_rows(
 def taken_out(
     circuit: Circuit,  # any
 ) -> str:
-    "Which nodes were closed after it was found"
+    "Which nodes were ablated after it was found"
     steps = circuit.provenance.notes.get("without")
     known = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
     names = [f"{printable(level)} {printable('.'.join(map(str, place)))}" for step in known for level, places in step.items()
              for place in (places if isinstance(places, list) else []) if isinstance(place, list)]
-    return f"closed since it was found: {', '.join(names)}" if names else ""
+    return f"ablated since it was found: {', '.join(names)}" if names else ""
 
 def notes_below(
     circuit: Circuit,  # any

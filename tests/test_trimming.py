@@ -66,7 +66,7 @@ def test_the_bound_is_held_and_not_the_mean_alone(model, examples):
 
 def test_where_it_is_to_be_sure_all_pairs_say_so(model):
     examples = prepare(model, tasks.ioi(model, n=(64, 100, 64)), "valid")
-    kept = {"head": torch.arange(16).view(4, 4) < 8}
+    kept = {"head": torch.arange(16).view(4, 4) < 8, "mlp": torch.tensor([True, False, False, False])}
     circuit = from_kept(kept, examples.sites)
     allowed = bound(divergence(circuit, examples), .95, examples.batch.words) + .02
     small = trimmed(circuit, examples, allowed, .95, sure=True)
