@@ -113,7 +113,7 @@ def test_interrupted_at_any_line(model, task, tmp_path, monkeypatch):
     draw, whole = random.Random(0), discover(model, task, keep=.2, **QUICK)
     monkeypatch.setattr(resume, "BETWEEN", 0)
     watched = {Path(module.__file__) for module in (files, processes, recipe, search, resume, planning, training)}
-    for number in range(6):
+    for number in range(12):
         left = draw.randrange(1, 6000)
         def trace(frame, event, arg):
             nonlocal left
