@@ -13,14 +13,14 @@ from typing import Annotated, Any
 import pandas as pd
 import torch
 
-from .ablations import ABLATIONS, Ablation, Held, hold, mean, zero
+from .ablations import ABLATIONS, Ablation, Held, hold, zero
 from .arguments import Count, InputError, Seed, above, checked
 from .circuit import CircuitFirst
 from .hooks import Host
 from .models import Model, frozen, tokenizer_of
 from .objective import kl_divergence
 from .pairs import Batch
-from .passes import Recording, circuit_logits, open_at, record
+from .passes import Recording, circuit_logits, open_at, projected, record
 from .streams import Examples, Pairs, logits_of, prepare, prepare_for, task_of
 from .tasks import Task
 from .tree import SiteMasks
@@ -44,7 +44,7 @@ def answers_with(
     "Answer logits with ablated nodes at the constants, [examples, vocabulary], with a gradient to these"
     batch = examples.batch
     rows = torch.zeros(len(batch), dtype=torch.long, device=batch.clean.device)
-    held = Held(values, rows).over(batch.clean.shape[1])
+    held = Held(projected(examples.host, values), rows).over(batch.clean.shape[1])
     return circuit_logits(examples.host, batch, masks, held, open_at(examples.host, masks))
 
 def loss_with(
@@ -67,10 +67,12 @@ def spread_of(
     seen = replace(record(host, batch.corrupt, batch.attention_mask, True), logits=None, after_attention=None, after_mlp=None)
     return seen.map(lambda t: t[real.to(t.device)].float().std(0, correction=0)[None, None])
 
+# %% ../nbs/37_agreement.ipynb #09c81474
 def fitted(
     examples: Examples,  # training pairs
     masks: SiteMasks,    # of the circuit
     start: Recording,    # constants to begin at
+    least: float,        # mean loss there
     loss: Loss,          # of each pair
     steps: int,          # of gradient descent
     rate: float,         # step size, in standard deviations of each node
@@ -86,17 +88,27 @@ def fitted(
             three = zip(*(getattr(r, name) for r in (start, moves, scale)))
             return tuple((at + move * wide).to(at.dtype) for at, move, wide in three)
         return Recording(site("attention"), site("mlp"), site("output") if start.output else None)
-    best, least, adam = start, loss_with(examples, masks, start, loss), torch.optim.Adam(free, rate)
+    best, adam = start, torch.optim.Adam(free, rate)
     for step in range(1, steps + 1):
         some = examples[torch.randint(len(examples), (batch_size,), generator=noise)]
         adam.zero_grad()
         loss(answers_with(some, masks, moved()), some).mean().backward()
         adam.step()
-        if step % 10 and step < steps: continue
+        if step % 20 and step < steps: continue
         now = moved().map(torch.Tensor.detach)
         reached = loss_with(examples, masks, now, loss)
         if reached < least: best, least = now, reached
     return best
+
+# %% ../nbs/37_agreement.ipynb #a66298ae
+def constants(
+    examples: Examples,  # under the ablation mean
+    output: bool,        # with what the MLPs add to the residual stream too
+) -> list[Recording]:
+    "What ablated nodes hold under the mean and under zero, each one row of one position"
+    held = examples.held, hold(examples.host, examples.batch, zero, examples.reference, output)
+    def bare(r: Recording) -> Recording: return Recording(r.attention, r.mlp, r.output if output else None)
+    return [bare(h.recording) for h in held if h is not None]
 
 # %% ../nbs/37_agreement.ipynb #28236416
 @checked
@@ -123,10 +135,9 @@ def optimal(
     if examples.sites.experts: raise InputError("constants of experts are not fitted yet: use the ablation 'mean'")
     masks, host = circuit.masks().to(examples.host.device), examples.host
     with torch.enable_grad(), frozen(host.model):
-        starts = [hold(host, examples.batch, f, examples.reference, output).recording for f in (mean, zero)]
-        bare = [replace(r, output=r.output if output else None) for r in starts]
-        start = min(bare, key=lambda values: loss_with(examples, masks, values, loss))
-        found = fitted(examples, masks, start, loss, steps, rate, batch_size, seed)
+        reached = [(loss_with(examples, masks, at, loss), at) for at in constants(examples, output)]
+        least, start = min(reached, key=lambda pair: pair[0])
+        found = fitted(examples, masks, start, least, loss, steps, rate, batch_size, seed)
     return held_at(found)
 
 # %% ../nbs/37_agreement.ipynb #ff89252a

@@ -191,7 +191,8 @@ def applied(
     host = host_of(model)
     masks = circuit.masks().to(host.device)
     only = open_at(host, masks) if alone else {}
-    if only: held = projected(host, held)
+    if only:
+        with torch.no_grad(): held = projected(host, held)
     with frozen(model, parameters=False), recorded_prompts(model, batch, held) as now, interpolated(host, masks, now, only):
         with counted_as_applied(model): yield model
 

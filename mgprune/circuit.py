@@ -243,7 +243,7 @@ class Circuit:
         return mib(self, edges)
 
     def write(self,
-        path: str | Path,  # of the file; its ending is one of .csv, .dot, .svg, .html and .mib.json
+        path: str | Path,  # of the file; its ending is one of .csv, .dot, .svg, .png, .html and .mib.json
     ) -> Path:
         "Write the circuit as what the name of the file says, and return its path"
         from mgprune.export import write

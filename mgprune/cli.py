@@ -788,7 +788,7 @@ def run_evaluate(
     print("wrote", write_json(args.json, report(circuit, metrics, peak_mb=peak_mb(model), **more)))
 
 # %% ../nbs/47_cli.ipynb #3441f0b0
-ENDINGS = (".csv", ".dot", ".svg", ".html", ".mib.json")  # of files to export to; what writes them is slow to load
+ENDINGS = (".csv", ".dot", ".svg", ".png", ".html", ".mib.json")  # of files to export to; what writes them is slow to load
 
 def export_options(
     option: Option,  # adds an option to the command
@@ -796,7 +796,7 @@ def export_options(
     "What `mgprune export` takes"
     option("circuit", metavar="CIRCUIT", help="a circuit's JSON file, or the folder that --out wrote")
     option("files", metavar="FILE", nargs="+", help="what to write: a table (.csv), a graph for "
-           "Graphviz (.dot), a picture (.svg), a page for a browser (.html), or the nodes for MIB and EAP-IG (.mib.json)")
+           "Graphviz (.dot), a picture (.svg, .png), a page for a browser (.html), or the nodes for MIB and EAP-IG (.mib.json)")
 
 def run_export(
     args: argparse.Namespace,  # from the command line

@@ -179,20 +179,27 @@ def best_cut(
     total: int,                    # edges that there are
     over: Callable[[int], float],  # says by how much the graph of so many is over the budget
     far: float,                    # beyond which smaller graphs need not be tried
+    roughly: Callable[[int], float] | None = None,  # says the same sooner, such as of fewer pairs; None: nothing does
 ) -> int:
     "Number of edges of the smallest graph found that holds the budget; of the one that is over it by least where none does"
-    sizes, found = [total], dict[int, float]()
+    sizes, likely, found = [total], dict[int, float](), dict[int, float]()
     while sizes[-1] > 1: sizes.append(sizes[-1] // 2 if sizes[-1] > MANY else sizes[-1] * 4 // 5)
     for n in sizes:
-        found[n] = over(n)
-        if found[n] > far and min(found.values()) <= 0: break  # far below what is needed
+        likely[n] = (roughly or over)(n)
+        if likely[n] > far and min(likely.values()) <= 0: break  # far below what is needed
+    if roughly is None: found = likely
+    else:
+        fewest = min((n for n in likely if likely[n] <= 0), default=min(likely, key=likely.__getitem__))
+        for n in (n for n in sizes[::-1] if n >= fewest):
+            found[n] = over(n)
+            if found[n] <= 0: break
     good = [n for n in found if found[n] <= 0]
     if not good:
         best = min(found, key=found.__getitem__)
         warnings.warn(f"no graph holds the divergence: the one that is over it by least, {found[best]:.3g} nats, was taken. "
                       "Give a larger kl, or a circuit with more nodes")
         return best
-    few, enough = max((n for n in found if n < min(good)), default=0), min(good)
+    few, enough = max((n for n in likely if n < min(good)), default=0), min(good)
     while enough - few > 1:
         middle = (few + enough) // 2
         few, enough = (few, middle) if over(middle) <= 0 else (middle, enough)
@@ -288,6 +295,17 @@ def origin_of(
     if isinstance(task, Task): known |= dict(task=task.name, corruption=task.corruption, task_seed=task.seed)
     return replace(circuit.provenance, **known, **rest)
 
+# %% ../nbs/46_edge_search.ipynb #f679746e
+def cut_within(
+    budget: Budget,  # to hold
+    total: int,      # edges, or gates, that there are
+    made: Callable[[int], tuple[torch.Tensor, Circuit]],  # the edges of so many, boolean [readers, writers], and their circuit
+) -> int:
+    "How many the smallest graph found has that holds the budget: a few pairs say where to look"
+    few = replace(budget, pairs=budget.pairs[:SLOPED], confidence=None)
+    def over(of: Budget) -> Callable[[int], float]: return lambda n: of.over(*made(n))
+    return best_cut(total, over(budget), 9 * budget.nats(), over(few) if len(few.pairs) < len(budget.pairs) else None)
+
 # %% ../nbs/46_edge_search.ipynb #5731f7a6
 def marks_of(
     graph: Graph,    # that was found
@@ -323,7 +341,7 @@ def graph_in(
         kept = torch.zeros_like(wiring.exists)
         kept[readers[order[:n]], writers[order[:n]]] = True
         return closed_edges(wiring, kept)
-    kept = first(best_cut(len(order), lambda n: budget.over(first(n), circuit), 9 * nats))
+    kept = first(cut_within(budget, len(order), lambda n: (first(n), circuit)))
     if recipe.trim: kept, said = irreducible(kept, circuit, budget, closing_slopes(kept, circuit, train[:SLOPED]))
     settings = dict(kl=budget.kl, faithfulness=budget.faithfulness, learn=learn, recipe=asdict(recipe), pairs=len(train))
     about = origin_of(circuit, train.host, task, settings=settings, seed=seed, history=history, trimmed=said)
@@ -469,8 +487,8 @@ def thinner(
         kept, circuit = torch.zeros_like(graph.kept), of_neurons(wires, neurons & nodes[gates.holder], graph.circuit)
         kept[readers, writers] = (edges & nodes[gates.writers]).cpu()
         return replace(graph, kept=kept & edges_among(graph.wiring, circuit), circuit=circuit)
-    def over(m): return budget.over((found := first(m)).kept, found.circuit)
-    return first(best_cut(len(order), over, 9 * budget.nats())), history
+    def made(m): return (found := first(m)).kept, found.circuit
+    return first(cut_within(budget, len(order), made)), history
 
 # %% ../nbs/46_edge_search.ipynb #5807d922
 @checked

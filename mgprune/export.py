@@ -31,9 +31,10 @@ from .hooks import Host, host_of
 from .models import EMBEDDED, Model, frozen, weight_of
 from .pairs import Batch, check_batch
 from .passes import Recording, answer_logits, interpolated
-from .plots import inside, neurons_in, noted, outgoing, plot_circuit, shade
+from .plots import as_png, inside, neurons_in, noted, outgoing, plot_circuit, shade
 from .sites import Sites
 from .streams import Pairs, reference_of
+from .tasks import FITTING
 from .tree import LEVELS, NEURONS, TREE, level_shapes, lineage, lowest
 
 # %% ../nbs/32_export.ipynb #d64244c7
@@ -263,13 +264,19 @@ def mib_json(
     "The benchmark's nodes as JSON text"
     return json.dumps(mib(circuit))
 
-WRITERS = {".csv": csv, ".dot": dot, ".svg": svg, ".html": view, ".mib.json": mib_json}  # by the ending of a name
+def png(
+    circuit: Circuit,  # any
+) -> bytes:
+    "The picture as a PNG file's content"
+    return as_png(plot_circuit(circuit), dpi=150)
+
+WRITERS = {".csv": csv, ".dot": dot, ".svg": svg, ".png": png, ".html": view, ".mib.json": mib_json}  # by the ending of a name
 
 # %% ../nbs/32_export.ipynb #2a8dad78
 @checked
 def write(
     circuit: Circuit,  # any
-    path: str | Path,  # of the file; its ending is one of .csv, .dot, .svg, .html and .mib.json
+    path: str | Path,  # of the file; its ending is one of .csv, .dot, .svg, .png, .html and .mib.json
 ) -> Path:
     """Write the circuit as what the name of the file says, and return its path
 
@@ -668,6 +675,18 @@ def made_with(
     known = {k: p[k] for k in ("model", "fingerprint", "dtype", "task", "corruption", "ablation", "seed") if p.get(k) is not None}
     return known | ({f"{k} version": v for k, v in p.versions.items()} if isinstance(p.versions, dict) else {})
 
+def how_to_measure(
+    circuit: Circuit,  # any
+) -> list[str]:
+    "How it is measured on the test pairs of its task, as Python; nothing where that task is not a built-in one"
+    p = circuit.provenance
+    if p.pairs_file or not isinstance(p.task, str) or p.corruption not in FITTING.get(p.task, ()): return []
+    n = tuple(p.pairs) if isinstance(p.pairs, list) else None
+    draw = dict(corruption=p.corruption, hold_out=p.hold_out or "clean prompts", n=n, seed=p.task_seed)
+    options = "".join(f", {name}={in_code(value)}" for name, value in draw.items() if value is not None)
+    return ["", "from mgprune import evaluate, tasks", "", f"task = tasks.load(model, {in_code(p.task)}{options})",
+            "print(evaluate(circuit, model, task))"]
+
 def card(
     circuit: Circuit,  # any
     repo: str,         # name on the hub, or path of the folder
@@ -683,7 +702,7 @@ def card(
         "| made with | |", "| --- | --- |", *origin, "",
         "`view.html` shows the circuit without any program but a browser. To use it:", "", "```python",
         "from mgprune import Circuit, load_model", "", f"model = {how_to_load(circuit, model)}",
-        f"circuit = Circuit.from_hub({in_code(repo)}, model)", "```", ""])
+        f"circuit = Circuit.from_hub({in_code(repo)}, model)", *how_to_measure(circuit), "```", ""])
 
 # %% ../nbs/32_export.ipynb #5f1c2a93
 @checked

@@ -273,7 +273,7 @@ def in_markdown(
     return _MARKUP.sub(lambda found: f"&#{ord(found[0])};", printable(text))
 
 def in_code(
-    value: str,  # from anywhere
+    value: Any,  # from anywhere
 ) -> str:
     "The value for a block of Python in Markdown, which it cannot end"
     return repr(value).replace("`", r"\x60")

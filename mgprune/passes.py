@@ -191,7 +191,7 @@ def projected(
     "The same with what each projection writes of it, where the site can be compacted"
     def here(site, i): return after(host, site, i, recording) if readers_at(host, site, i) else None
     def layers(site): return tuple(here(site, i) for i in range(host.sites.n_layers))
-    with torch.no_grad(): return replace(recording, after_attention=layers("attention"), after_mlp=layers("mlp"))
+    return replace(recording, after_attention=layers("attention"), after_mlp=layers("mlp"))
 
 def compacted(
     host: Host,           # model with its sites

@@ -436,7 +436,7 @@ def report(
 ) -> Report:
     """Everything that is measured of a circuit, with a verdict on each question and what was not shown
     See also `evaluate`, `worth`, `controls`, `hypotheses`, `necessity`."""
-    task, few = task_of(model, task), max(1, draws // 5)
+    task, few, fewer = task_of(model, task), max(1, draws // 5), max(1, draws // 20)
     examples, shared = prepare_for(circuit, model, task, ablation), dict(most=most, seed=seed, progress=progress)
     with tqdm(total=6, disable=None if progress else True, desc="report") as bar:
         def part(name: str, result: Any) -> Any:
@@ -447,10 +447,9 @@ def report(
                                        seed=seed, slots=slots_of(task)))
         table = part("ablations", with_verdicts(
             under_ablations(circuit, model, task, ablations, None, clusters, confidence, seed=seed), bound))
-        without = part("necessity", necessity(circuit, model, examples, draws=few, confidence=confidence, **shared))
+        without = part("necessity", necessity(circuit, model, examples, draws=few, tries=fewer, confidence=confidence, **shared))
         tests = part("hypotheses", hypotheses(circuit, model, examples, draws=draws, alpha=1 - confidence, **shared))
-        against = part("controls", controls(circuit, model, task, other, draws=max(1, few // 4), ablation=examples.ablation,
-                                            **shared))
+        against = part("controls", controls(circuit, model, task, other, draws=fewer, ablation=examples.ablation, **shared))
         curve = part("ranking", mib_curve(circuit.scores, model, examples, "neuron") if circuit.scores else None)
     name = circuit.provenance.get("model") or type(model).__name__
     title = f"Circuit of {name} for {getattr(task, 'name', None) or circuit.provenance.get('task') or 'these pairs'}"

@@ -321,6 +321,9 @@ def check_circuit(
     why = f"This comes of what was warned of before the search: {doubts[0]}" if doubts else ""
     if n == 0: warnings.warn(
         f"all gates are closed: the circuit is empty. {why or 'Ask for a smaller kl, a larger keep or lower penalties'}")
+    if not goal.shares and .9 * total < n < total: warnings.warn(
+        f"the circuit keeps {n / total:.0%} of the neurons: it says little about what carries the behaviour. "
+        f"{why or 'Ask for a larger kl, or give the search more steps'}")
     if n == total: warnings.warn(
         f"all gates are open: nothing could be closed. {why or 'Ask for a larger kl, a smaller keep or higher penalties'}")
     for kl in goal.budgets: check_held(circuit, kl, goal)

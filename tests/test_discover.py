@@ -1,6 +1,8 @@
 """Searches that must fail clearly, and a model that must leave as it came."""
 import dataclasses
 import json
+import math
+import warnings
 
 import pytest
 import torch
@@ -123,6 +125,19 @@ def test_over_the_budget_and_half_way(model):
     with pytest.warns(UserWarning) as seen: check_circuit(undecided, Goal(kl=.1), felt)
     said = " ".join(str(w.message) for w in seen)
     assert "KL 0.2 on held-out pairs, over the 0.1 asked for" in said and "100% of the gates are stuck half-way" in said
+
+
+def test_hardly_smaller_than_the_model(model):
+    sites = find_sites(model)
+    scores = {l: torch.arange(math.prod(s), dtype=torch.float).view(s) for l, s in level_shapes(sites, ["mlp_neuron"]).items()}
+    large = from_scores(scores, sites, 99., dict(metrics=dict(kl=.05), settings=dict(threshold=99.)))
+    felt = {l: torch.ones_like(s, dtype=torch.bool) for l, s in scores.items()}
+    share = large.n_neurons() / 2560
+    assert .9 < share < 1
+    with pytest.warns(UserWarning, match=f"the circuit keeps {share:.0%} of the neurons: it says little"): check_circuit(large, Goal(kl=.1), felt)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_circuit(large, Goal(keep=share), felt)  # who asks for the size knows it
 
 
 def test_circuit_of_another_model(model, task, circuit, tmp_path):

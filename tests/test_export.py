@@ -24,8 +24,10 @@ from mgprune.objective import kl_divergence
 from mgprune.pairs import Batch
 from mgprune.passes import Recording, answer_logits, circuit_logits, interpolated
 from mgprune.plots import plot_scores
+from mgprune.recipe import Recipe
 from mgprune.sites import FAMILIES, find_sites
 from mgprune.streams import prepare
+from mgprune.training import discover
 from mgprune.tree import FINEST, LEVELS, NEURONS, TREE, level_shapes
 
 SHAPE = dict(vocab_size=60, hidden_size=64, intermediate_size=48, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2,
@@ -500,6 +502,18 @@ def test_the_card_says_where_the_circuit_comes_from(scored, tmp_path):
     text = (to_folder(Circuit(scored.kept, scored.sites, provenance=about), tmp_path / "x", "me/ioi") / "README.md").read_text()
     assert text.startswith("---\nlibrary_name: mgprune\n") and "Circuit.from_hub('me/ioi', model)" in text
     assert all(part in text for part in ("# Circuit of embedded for ioi", "KL 0.1", "| seed | 7 |", "| torch version | 2 |", "load_model('embedded')"))
+
+
+def test_the_card_measures_on_the_pairs_that_were_held_out(model, tmp_path):
+    task = tasks.greater_than(model, "decade_start", n=(64, 16, 16), seed=3)
+    circuit = discover(model, task, keep=.5, recipe=Recipe(steps=5), progress=False)
+    text = (to_folder(circuit, tmp_path / "shared") / "README.md").read_text()
+    said = {}
+    exec(text.partition("```python\n")[2].partition("```")[0], said)
+    assert said["task"].test == task.test and said["circuit"] == circuit
+    assert evaluate(said["circuit"], said["model"], said["task"])["kl"] == pytest.approx(circuit.provenance["metrics"]["kl"], rel=1e-4)
+    for about in (dict(task="mine"), dict(task="ioi", corruption="own"), dict(task="ioi", pairs_file=dict(path="x")), dict(task=["ioi"])):
+        assert export.how_to_measure(Circuit(circuit.kept, circuit.sites, provenance=about)) == []
 
 
 def test_names_on_the_card_are_names(scored):

@@ -205,7 +205,7 @@ def test_constants_are_fitted_from_a_bad_start():
     zeros = zero(examples.host, pairs, None, False)
     with frozen(toy):
         bare = Recording(zeros.attention, zeros.mlp)
-        found = fitted(examples, masks, bare, squared, 100, .05, 64, 0)
+        found = fitted(examples, masks, bare, loss_with(examples, masks, bare, squared), squared, 100, .05, 64, 0)
         assert abs(loss_with(examples, masks, bare, squared) - 2) < 1e-5
         assert abs(loss_with(examples, masks, found, squared) - 1) < .01 and abs(found.mlp[0][0, 0, 0].item() - 1) < .1
 
