@@ -6,7 +6,7 @@
 __all__ = ['IOI_HEADS', 'mib_curve', 'read_scores']
 
 # %% ../nbs/38_curves.ipynb #f3ecb581
-import json, re
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
@@ -21,6 +21,7 @@ from .arguments import Count, Finite, InputError, Seed, Share, as_path, checked,
 from .circuit import Circuit, from_kept
 from .models import Model, tokenizer_of
 from .objective import logit_difference
+from .reading import json_in
 from .sites import Sites
 from .streams import Examples, Pairs, logits_of, prepare, task_of
 from .tree import LEVELS, NEURONS, ByLevel, check_values, level_shapes, lowest, path_to
@@ -233,7 +234,7 @@ def node_scores(
             f"a file for {name}={shown(cfg[name])}: expected {here}, as this model has")
     shapes = level_shapes(sites, ("head", "mlp"))
     found = {level: torch.zeros(shape, dtype=torch.double) for level, shape in shapes.items()}
-    here, seen = {name: values for name, values in nodes.items() if name not in ("input", "logits")}, dict.fromkeys(found, 0)
+    here, seen = {name: values for name, values in nodes.items() if name not in ("input", "logits")}, dict[Any, str]()
     key = key_of(here, edges)
     for name, values in here.items():
         place = NODE.fullmatch(str(name))
@@ -241,21 +242,22 @@ def node_scores(
         level = "mlp" if len(where) == 1 else "head"
         there = where and all(i < n for i, n in zip(where, found[level].shape))
         if not there: raise InputError(f"node {shown(name)}: expected a<layer>.h<head> or m<layer> of this model")
-        found[level][where] = node_score(name, values, key)
-        seen[level] += 1
-    part = [level for level, n in seen.items() if 0 < n < found[level].numel()]
-    if part or not here: raise InputError(
-        f"scores of {sum(seen.values())} nodes: expected one for each of {sites.n_layers * sites.n_heads} heads, each of "
+        if where in seen: raise InputError(
+            f"nodes {shown(seen[where])} and {shown(name)} are the same: expected one score for each")
+        found[level][where], seen[where] = node_score(name, values, key), name
+    ranked = {level: sum(len(where) == values.dim() for where in seen) for level, values in found.items()}
+    if not here or any(0 < n < found[level].numel() for level, n in ranked.items()): raise InputError(
+        f"scores of {len(seen)} nodes: expected one for each of {sites.n_layers * sites.n_heads} heads, each of "
         f"{sites.n_layers} MLPs, or both")
-    return {level: values for level, values in found.items() if seen[level]}
+    return {level: values for level, values in found.items() if ranked[level]}
 
 # %% ../nbs/38_curves.ipynb #5268da04
 def read_json(
     path: str | Path,  # of the benchmark's file
 ) -> Any:
     "What is in the file"
-    try: return json.loads(as_path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e: raise InputError(
+    try: return json_in(as_path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, InputError) as e: raise InputError(
         f"{shown(str(path))} cannot be read as JSON: {str(e)[:100]}") from e
 
 # %% ../nbs/38_curves.ipynb #5ef898d6

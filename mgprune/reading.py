@@ -174,8 +174,10 @@ def _once(items: list[tuple[str, Any]]) -> dict[str, Any]:
     if len({*names}) < len(names): raise InputError(f"a name stands twice in {shown(names)}; keep one")
     return dict(items)
 
-def _json(text: str) -> Any:
-    "What the JSON says"
+def json_in(
+    text: str,  # of a file
+) -> Any:
+    "What the JSON says; refused where an object has a name twice"
     try: return json.loads(text, object_pairs_hook=_once)
     except InputError: raise
     except json.JSONDecodeError as e: raise InputError(f"line {e.lineno}: no JSON ({e.msg})") from e
@@ -184,13 +186,13 @@ def _json(text: str) -> Any:
 
 def _json_line(line: str) -> Any:
     "What one line of JSON says, or why it cannot be read"
-    try: return _json(line)
+    try: return json_in(line)
     except InputError as e: return InputError(
         f"no JSON object ({str(e).removeprefix('line 1: ')}); expected one object a line")
 
 def _json_rows(text: str) -> list[tuple[str, Any]]:
     "The objects of a list or of lines, each with the words for where it stands"
-    if text.lstrip().startswith("["): return [(f"pair {i}", row) for i, row in enumerate(_json(text))]
+    if text.lstrip().startswith("["): return [(f"pair {i}", row) for i, row in enumerate(json_in(text))]
     lines = enumerate(re.split(r"\r\n|\r|\n", text), 1)
     return [(f"line {number}", _json_line(line)) for number, line in lines if line.strip()]
 

@@ -178,6 +178,7 @@ def bind(
     reference = reference if reference is None else check_batch(host.model, reference)
     def holding(part):
         held = hold(host, part, ablation, reference, output)
+        if type(held.recording) is not Recording: return held  # of edges, which read no projection
         with torch.no_grad(): return replace(held, recording=projected(host, held.recording))
     shared = None if getattr(ablation, "each_pair", False) else holding(batch)  # constants, which take little
     memory = room(host.device) if memory is None else memory

@@ -315,6 +315,11 @@ def test_scores_from_elsewhere_are_read_or_refused_in_words(tmp_path, model, exa
         if says is None: read_scores(given, sites)
         else:
             with pytest.raises(InputError, match=says): read_scores(given, sites)
+    for twice in (heads | {"a1.h02": 3.}, {name: value for name, value in heads.items() if name != "a3.h3"} | {"a01.h2": 3.}):
+        with pytest.raises(InputError, match="'a1.h2' and .* are the same: expected one score"): read_scores(twice, sites)
+    text = json.dumps(dict(nodes=whole)).replace('"a0.h1"', '"a0.h0"')
+    (tmp_path / "scores.json").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match="scores.json' cannot be read as JSON: a name stands twice"): read_scores(tmp_path / "scores.json", sites)
 
 
 # --- sizes
