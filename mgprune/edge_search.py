@@ -26,7 +26,7 @@ from .search import Sizes, at_constant_cost, drawn_size, exact, falls_to, log_od
 from .streams import Examples, Pairs, logits_of, prepare, task_of
 from .tasks import Task
 from .tree import NEURONS, SiteMasks
-from .trimming import ENOUGH, PASSES, trimmed
+from .trimming import ENOUGH, PASSES, beside, trimmed
 from .wiring import Wiring, closed_edges, edges_among, writers_of
 
 # %% ../nbs/46_edge_search.ipynb #0209a355
@@ -152,20 +152,29 @@ class Budget:
         "The pairs, answered over these edges"
         return OverEdges(**{f.name: getattr(self.pairs, f.name) for f in fields(Examples)}, edges=edges)
 
-    def tried(self,
+    def measured(self,
         edges: torch.Tensor,  # boolean [readers, writers], closed
         circuit: Circuit,     # that they lie in
-    ) -> tuple[float, int]:
-        "By how much it is over the budget, `excess_over` of a graph; and the pairs that were measured until that was known"
-        found, each = excess_over(circuit, self.on(edges), self.kl, self.confidence, self.faithfulness)
-        return found.max().item(), each.shape[1]
+        errors: float = math.inf,  # standard errors by which it is over where measuring ends early
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        "By how much it is over each criterion, and each pair's part, as `excess_over` has it of a circuit"
+        return excess_over(circuit, self.on(edges), self.kl, self.confidence, self.faithfulness, errors)
+
+    def beside(self,
+        edges: torch.Tensor,  # boolean [readers, writers], closed
+        circuit: Circuit,     # that they lie in
+        by: torch.Tensor,     # of a graph that differs by little, from measured
+        each: torch.Tensor,   # the same
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        "The same, of as few pairs as say that it is over"
+        return beside(circuit, self.on(edges), self.kl, self.confidence, self.faithfulness, "vocabulary", by, each)
 
     def over(self,
         edges: torch.Tensor,  # boolean [readers, writers], closed
         circuit: Circuit,     # that they lie in
     ) -> float:
         "By how much it is over the budget"
-        return self.tried(edges, circuit)[0]
+        return self.measured(edges, circuit, 2.)[0].max().item()
 
     def nats(self) -> float:
         "The divergence in nats"
@@ -234,7 +243,8 @@ def irreducible(
     "The edges without those that the budget does not need, and what was tried, for as many pairs as trimming takes"
     wiring, before, tried, spent, needed = Wiring(circuit.sites), int(edges.sum()), 0, 0, dict[tuple[int, int], float]()
     most = max(PASSES * len(budget.pairs), ENOUGH)
-    again, alone = budget.over(edges, circuit) <= 0, False
+    (by, each), alone = budget.measured(edges, circuit), False
+    again = (by <= 0).all()
     while again:
         order = sorted(map(tuple, edges.nonzero().tolist()), key=lambda edge: slopes[edge].item())
         groups, again = [[edge] for edge in order[::-1]] if alone else [order], False
@@ -244,11 +254,11 @@ def irreducible(
             candidate, half = edges.clone(), len(group) // 2
             for edge in group: candidate[edge] = False
             candidate = closed_edges(wiring, candidate)
-            (by, pairs), tried = budget.tried(candidate, circuit), tried + 1
-            spent += pairs
-            if by <= 0: edges, again = candidate, True
+            found, now = budget.beside(candidate, circuit, by, each)
+            tried, spent = tried + 1, spent + now.shape[1]
+            if (found <= 0).all(): edges, by, each, again = candidate, found, now, True
             elif half: groups += [group[half:], group[:half]]
-            else: needed[group[0]] = round(by, 5)
+            else: needed[group[0]] = round(found.max().item(), 5)
         alone = True
     names = {edge: f"{wiring.writers[edge[1]]}->{wiring.readers[edge[0]]}" for edge in needed if edges[edge]}
     over = {names[edge]: by for edge, by in sorted(needed.items(), key=lambda item: -item[1]) if edge in names}
