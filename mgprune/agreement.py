@@ -13,10 +13,10 @@ from typing import Annotated, Any
 import pandas as pd
 import torch
 
-from .ablations import ABLATIONS, Ablation, Held, hold, zero
-from .arguments import Count, InputError, Seed, above, checked
-from .circuit import CircuitFirst
-from .hooks import Host
+from .ablations import ABLATIONS, Ablation, Held, ablation_named, hold, zero
+from .arguments import Count, InputError, Seed, above, checked, shown
+from .circuit import CircuitFirst, check_model
+from .hooks import Host, host_of
 from .models import Model, frozen, tokenizer_of
 from .objective import kl_divergence
 from .pairs import Batch
@@ -55,7 +55,20 @@ def loss_with(
 ) -> float:
     "Mean loss with ablated nodes at the constants"
     parts = [examples[rows] for rows in torch.arange(len(examples)).split(examples.batch_size)]
-    with torch.no_grad(): return torch.cat([loss(answers_with(p, masks, values), p) for p in parts]).mean().item()
+    with torch.no_grad(): return torch.cat([each_loss(loss, answers_with(p, masks, values), p) for p in parts]).mean().item()
+
+# %% ../nbs/37_agreement.ipynb #a6d0f7db
+def each_loss(
+    loss: Loss,            # as a user gives it
+    logits: torch.Tensor,  # [examples, vocabulary] answer logits of a circuit
+    examples: Examples,    # that they belong to
+) -> torch.Tensor:
+    "The loss of each pair, [examples]; what is no finite number for each is refused"
+    found = loss(logits, examples)
+    fits = torch.is_tensor(found) and found.shape == (len(examples),)
+    if not fits or not found.isfinite().all(): raise InputError(
+        f"loss returned {shown(found)}: expected a tensor with one finite number for each of {len(examples)} pairs")
+    return found
 
 # %% ../nbs/37_agreement.ipynb #6f562244
 def spread_of(
@@ -92,7 +105,9 @@ def fitted(
     for step in range(1, steps + 1):
         some = examples[torch.randint(len(examples), (batch_size,), generator=noise)]
         adam.zero_grad()
-        loss(answers_with(some, masks, moved()), some).mean().backward()
+        each = each_loss(loss, answers_with(some, masks, moved()), some)
+        if not each.requires_grad: raise InputError("loss has no slope to the logits: expected one of torch's functions of them")
+        each.mean().backward()
         adam.step()
         if step % 20 and step < steps: continue
         now = moved().map(torch.Tensor.detach)
@@ -130,6 +145,7 @@ def optimal(
     >>> fitted = optimal(circuit, model, task, steps=2, most=16)
     >>> evaluate(circuit, model, task, ablation=fitted)["kl"] >= 0
     True"""
+    check_model(circuit, host_of(model))
     output = "mlp_output" in circuit.kept
     examples = prepare(model, task, "train", "mean", task, most, output, closed=False)
     if examples.sites.experts: raise InputError("constants of experts are not fitted yet: use the ablation 'mean'")
@@ -170,6 +186,9 @@ def under_ablations(
     See also `evaluate` for one ablation, `report` for everything.
     >>> under_ablations(circuit, model, task, ("corrupt", "mean"), draws=50)["ablation"].tolist()
     ['corrupt', 'mean']"""
+    check_model(circuit, host_of(model))
+    for asked in ablations: asked == "optimal" or ablation_named(asked)
+    if not ablations: raise InputError("ablations=(): expected at least one, such as 'corrupt'")
     rows, task = list[dict[str, Any]](), task_of(model, task)
     pairs = task  # and then the same on the model, whose own answers are known
     for asked in ablations:
@@ -214,5 +233,5 @@ def with_agreement(
     for row in measured:
         row["agrees_with"] = ", ".join(other["ablation"] for other in measured if other is not row and overlap(row, other))
     table = pd.DataFrame(rows)
-    table.attrs["agree"] = all(overlap(a, b) for a in measured for b in measured)
+    table.attrs["agree"] = len(measured) > 1 and all(overlap(a, b) for a in measured for b in measured)
     return table

@@ -495,6 +495,18 @@ def check_same_shape(
     "Refuse circuits of models of different shape"
     if a.sites != b.sites: raise InputError("these circuits belong to models of different shape: expected the same sites")
 
+# %% ../nbs/18_circuit.ipynb #12454338
+def check_same_model(
+    a: Circuit,  # a circuit
+    b: Circuit,  # another
+) -> None:
+    "Refuse circuits of models of different shapes, or with different weights where both say which these are"
+    check_same_shape(a, b)
+    known = sorted({c.provenance.fingerprint for c in (a, b) if c.provenance.fingerprint})
+    if len(known) > 1: raise InputError(
+        f"these circuits belong to models with the fingerprints {', '.join(map(printable, known))}: expected circuits of one "
+        "model, in one dtype and with the same adapters switched on")
+
 # %% ../nbs/18_circuit.ipynb #d6730dfc
 @checked
 def combine(
@@ -503,7 +515,7 @@ def combine(
     f: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],  # (boolean tensor, boolean tensor) -> boolean tensor
 ) -> Circuit:
     "The circuit whose kept nodes are `f` of two circuits' nodes, level by level"
-    check_same_shape(a, b)
+    check_same_model(a, b)
     shared = {k: v for k, v in a.provenance.items() if b.provenance.get(k) == v}
     ablations = {p.ablation or "corrupt" for p in (a.provenance, b.provenance)}
     if len(ablations) > 1: shared["ablation"] = " and ".join(sorted(ablations))  # no ablation: which to use has to be said
@@ -538,11 +550,11 @@ def intersection(
 @checked
 def jaccard(
     a: Circuit,  # a circuit
-    b: Circuit,  # a circuit of the same model
+    b: Circuit,  # a circuit of a model of the same shape
 ) -> dict[str, float]:
     """Level -> size of the intersection over size of the union, 1 for two empty levels
 
-    Raises `InputError` if the circuits are of different models.
+    Raises `InputError` if the circuits are of models of different shapes; their weights may differ.
     See also `intersection`, `consensus`.
     >>> jaccard(circuit, circuit)["head"]
     1.0"""
@@ -631,6 +643,13 @@ def check_replaceable(
     if start and not re.match(rb'\s*\{\s*"format": "mgprune circuit', start): raise InputError(
         f"{str(path)!r} is there already and is not a circuit: nothing was written. Choose another name")
 
+# %% ../nbs/18_circuit.ipynb #e66493c4
+def as_plain(
+    data: Any,  # what JSON can say
+) -> Any:
+    "The data as a file has it: tuples are lists, and what is no finite number is None, as JSON has none"
+    return json.loads(json.dumps(data).encode().decode(), parse_constant=lambda name: None)
+
 # %% ../nbs/18_circuit.ipynb #0a054711
 def check_keys(
     data: Any,  # plain values
@@ -649,7 +668,7 @@ def readable(
     check_keys(provenance)
     data = dict(counts=circuit.counts(), heads=circuit.heads(), mlps=circuit.mlps(), neurons=circuit.neurons(),
                 sites=asdict(circuit.sites), provenance=provenance)
-    try: return json.loads(json.dumps(data).encode().decode())  # tuples become lists, as they will be when read
+    try: return as_plain(data)
     except (TypeError, ValueError, RecursionError) as e: raise InputError(
         f"provenance of this circuit cannot be written as JSON ({e}): expected texts, numbers, lists and dictionaries") from e
 
@@ -719,6 +738,8 @@ def sites_of(
 SETTINGS = {"threshold": Number, "kl": Number | str | list[Number | str] | None, "keep": Number | list[Number] | None,
             "penalties": dict[str, Number] | None, "over": Over,
             "levels": list[str], "recipe": dict[str, Any], "gate": dict[str, Any]}
+TRIMMED = {"over": dict[str, dict[str, Number]], **dict.fromkeys(("before", "neurons", "edges", "tried", "untried"), int),
+           "share": Number, "sure": bool}
 
 def check_provenance(
     data: Any,  # what a file says
@@ -726,9 +747,12 @@ def check_provenance(
     "Refuse an origin whose entries are not of their kind"
     expect(data, "provenance", dict[str, Any])
     origin = {k: hint for k, hint in get_type_hints(Provenance, include_extras=True).items() if k != "notes"}
-    for entries, kinds, where in ((data, origin, "provenance: "), (data.get("settings", {}), SETTINGS, "settings: ")):
+    def check(entries: Any, kinds: dict[str, Any], where: str) -> None:
         for name, hint in kinds.items():
             if name in entries: expect(entries[name], name, hint, where)
+    check(data, origin, "provenance: ")
+    check(data.get("settings") or {}, SETTINGS, "settings: ")
+    check(data.get("trimmed") or {}, TRIMMED, "trimmed: ")
 
 def tensors_of(
     arrays: bytes,  # of a safetensors file

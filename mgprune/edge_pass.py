@@ -82,7 +82,15 @@ def entrance(
     return found
 
 # %% ../nbs/44_edge_pass.ipynb #e821a59f
-Seen = dict[Any, tuple[torch.Tensor, torch.Tensor]]  # module -> what it read and what it wrote, [examples, positions, ...]
+@dataclass(frozen=True)
+class Passed:
+    "What a module read and wrote"
+    read: torch.Tensor   # [examples, positions, ...]
+    wrote: torch.Tensor  # the same
+    read_at: int         # where in memory that lay
+    wrote_at: int        # the same
+
+Seen = dict[Any, Passed]  # by module
 
 def seen_in(
     host: Host,          # model with its sites
@@ -91,23 +99,29 @@ def seen_in(
 ) -> Seen:
     "What modules read and write on the clean prompts"
     seen: Seen = {}
+    alive = []  # so that no two lie in one place
     def keep(module, args, result):
         both = (args[0], result[0] if isinstance(result, tuple) else result)
+        alive.extend(both)
         one, other = (x.detach().clone().reshape(len(batch), -1, x.shape[-1]) for x in both)
-        seen[module] = one, other
+        seen[module] = Passed(one, other, both[0].data_ptr(), both[1].data_ptr())
     with torch.no_grad(), frozen(host.model), placed([Hook(m, keep, after=True) for m in dict.fromkeys(modules)]):
         answer_logits(host.model, batch.clean, batch.attention_mask)
     return seen
 
+# %% ../nbs/44_edge_pass.ipynb #566f296f
 def norm_before(
     host: Host,   # model with its sites
     seen: Seen,   # its norms and readers
     reader: Any,  # module that reads a norm
 ) -> Any:
     "The norm whose result a module reads; refused where there is none"
-    read = seen[reader][0][:, -1]
-    for module, (before, after) in seen.items():
-        if is_norm(module) and before.shape[-1] == host.sites.width and torch.equal(after[:, -1], read): return module
+    own = seen[reader]
+    def alike(norm: Passed) -> bool:
+        return norm.read.shape[-1] == host.sites.width and torch.equal(norm.wrote[:, -1], own.read[:, -1])
+    found = [module for module, passed in seen.items() if is_norm(module) and alike(passed)]
+    # norms of parallel branches may have equal weights, as in a model that was not trained yet
+    for module in sorted(found, key=lambda module: seen[module].wrote_at != own.read_at): return module
     raise InputError(
         f"{type(host.model).__name__}: a {type(reader).__name__} reads something else than a norm of the residual stream, so "
         "that edges into it cannot be told apart")
@@ -147,7 +161,7 @@ def found_frame(
     writers = [module for i in layers for module in (host.module(host.sites.attention[i]), mlp_exit(host, i))]
     seen = seen_in(host, batch, [*filter(is_norm, host.model.modules()), *readers, *writers])
     norms = tuple(norm_before(host, seen, reader) for reader in readers)
-    check_stream(host, [seen[norm][0] for norm in norms], [seen[writer][1] for writer in writers])
+    check_stream(host, [seen[norm].read for norm in norms], [seen[writer].wrote for writer in writers])
     return Frame(wiring, parts, norms, ways)
 
 # %% ../nbs/44_edge_pass.ipynb #b284dca4
@@ -494,7 +508,7 @@ def check_parts(
 ) -> None:
     "Refuse a model in which queries, keys or values are others than they are taken for"
     batch, heads = short_pairs(host.model), (host.sites.n_heads, host.sites.head_width)
-    plain = seen_in(host, batch, [host.module(host.sites.attention[0])])[host.module(host.sites.attention[0])][0]
+    plain = seen_in(host, batch, [host.module(host.sites.attention[0])])[host.module(host.sites.attention[0])].read
     queries, values = (turned(host, frame, kind, batch) for kind in "qv")
     first = plain[:, 0].unflatten(-1, heads).roll(1, -1).flatten(1)  # where a position sees itself alone
     allowed = 2 * step_of(plain) ** .75 * plain.abs().max().item()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .arguments import Seed, checked
+from .arguments import InputError, Seed, checked
 from .circuit import Circuit, CircuitFirst, Provenance, from_kept, full_circuit
 from .edge_pass import FRAMES, Wires, logits_with, path_slopes, prepare_edges, wired_logits, wires_of
 from .evaluation import Divergence, Within, bound, check_enough, excess_over, in_nats
@@ -135,7 +135,7 @@ class OverEdges(Examples):
         assert self.edges is not None, "made with edges"
         writers = self.edges.any(0)
         writers[0] = True
-        return logits_with(wires_of(self.host, masks, writers), self, self.edges.float())
+        with torch.no_grad(): return logits_with(wires_of(self.host, masks, writers), self, self.edges.float())
 
 # %% ../nbs/46_edge_search.ipynb #106911b3
 @dataclass(frozen=True, eq=False)
@@ -159,15 +159,6 @@ class Budget:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         "By how much it is over each criterion, and each pair's part, as `excess_over` has it of a circuit"
         return excess_over(circuit, self.on(edges), self.kl, self.confidence, self.faithfulness, errors)
-
-    def beside(self,
-        edges: torch.Tensor,  # boolean [readers, writers], closed
-        circuit: Circuit,     # that they lie in
-        by: torch.Tensor,     # of a graph that differs by little, from measured
-        each: torch.Tensor,   # the same
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        "The same, of as few pairs as say that it is over"
-        return beside(circuit, self.on(edges), self.kl, self.confidence, self.faithfulness, "vocabulary", by, each)
 
     def over(self,
         edges: torch.Tensor,  # boolean [readers, writers], closed
@@ -209,7 +200,7 @@ def best_cut(
                       "Give a larger kl, or a circuit with more nodes")
         return best
     few, enough = max((n for n in likely if n < min(good)), default=0), min(good)
-    while enough - few > 1:
+    while enough - few > max(1, enough // 100):  # edges are tried one by one later
         middle = (few + enough) // 2
         few, enough = (few, middle) if over(middle) <= 0 else (middle, enough)
     return enough
@@ -242,7 +233,7 @@ def irreducible(
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     "The edges without those that the budget does not need, and what was tried, for as many pairs as trimming takes"
     wiring, before, tried, spent, needed = Wiring(circuit.sites), int(edges.sum()), 0, 0, dict[tuple[int, int], float]()
-    most = max(PASSES * len(budget.pairs), ENOUGH)
+    most, asked = max(PASSES * len(budget.pairs), ENOUGH), (budget.kl, budget.confidence, budget.faithfulness)
     (by, each), alone = budget.measured(edges, circuit), False
     again = (by <= 0).all()
     while again:
@@ -254,7 +245,7 @@ def irreducible(
             candidate, half = edges.clone(), len(group) // 2
             for edge in group: candidate[edge] = False
             candidate = closed_edges(wiring, candidate)
-            found, now = budget.beside(candidate, circuit, by, each)
+            found, now = beside(circuit, budget.on(candidate), *asked, "vocabulary", by, each)
             tried, spent = tried + 1, spent + now.shape[1]
             if (found <= 0).all(): edges, by, each, again = candidate, found, now, True
             elif half: groups += [group[half:], group[:half]]
@@ -519,6 +510,7 @@ def thinned(
     >>> smaller = thinned(graph, model, task, kl=1)  # doctest: +SKIP"""
     began, task, said = time.perf_counter(), task_of(model, task), None
     if graph is None: graph = Graph(Wiring(host_of(model).sites).exists, full_circuit(host_of(model).sites))
+    if not len(graph): raise InputError("a graph without edges has nothing to thin: give one that edges found, or None")
     budget = budget_of(graph.circuit, model, task, kl, faithfulness, recipe.confidence)
     train = prepare_edges(graph.circuit, model, task, "train", TRAINED, recipe.batch_size)
     found, history = thinner(graph, train, budget, edge_price, recipe, seed)

@@ -619,9 +619,11 @@ def write_checkpoint(
 ) -> None:
     "The files of a checkpoint that holds the circuit, with the tokenizer and the circuit itself"
     try: new.save_pretrained(folder)
-    except (SafetensorError, ValueError) as e: raise InputError(
-        f"transformers cannot write this model: {' '.join(str(e).split())[:300]}. Set right what it names, such as "
-        "model.generation_config") from e
+    except (SafetensorError, ValueError) as e:
+        said = " ".join(str(e).split())[:300]
+        if "os error" in said.lower(): raise OSError(said) from e  # such as that of a full disk
+        raise InputError(
+            f"transformers cannot write this model: {said}. Set right what it names, such as model.generation_config") from e
     tokenizer: Any = getattr(model, "tokenizer", None)
     if tokenizer: tokenizer.save_pretrained(folder)
     circuit.save(folder / "circuit.json")

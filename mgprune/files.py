@@ -111,8 +111,8 @@ def check_place(
 ) -> Path:
     "Where it really is, links followed; refused if nothing can be written there"
     path = as_path(path)
-    target = Path(os.path.realpath(path))
     try:
+        target = Path(os.path.realpath(path))  # the folder that one works in may be gone
         with suppress(FileNotFoundError): target.lstat()  # finds fault with the name itself
         with tempfile.TemporaryFile(dir=next(filter(os.path.lexists, target.parents), target)): pass
     except OSError as e: raise InputError(
@@ -125,8 +125,9 @@ def check_folder(
     foreign: Callable[[Path], Iterable[str]] = os.listdir,  # folder -> names in it that may not be replaced; else all
 ) -> Path:
     "Where it really is; refused if nothing can be written there or something would be lost"
-    target, here = check_place(path), Path.cwd()
-    if target == here or target in here.parents: raise InputError(
+    target, here = check_place(path), None
+    with suppress(FileNotFoundError): here = Path.cwd()
+    if here and (target == here or target in here.parents): raise InputError(
         f"{str(path)!r} is the folder you work in, or holds it, and is replaced as a whole: choose a folder within it")
     if os.path.ismount(target): raise InputError(
         f"{str(path)!r} is a disk of its own, which cannot be replaced: choose a folder within it")
@@ -193,7 +194,11 @@ def write_folder(
         aside = _aside(target.parent)
         try:
             aside.mkdir()
-            fill(aside)
+            try: fill(aside)
+            except InputError as e:
+                if aside.suffix not in str(e): raise
+                said = str(e).rpartition(": ")[2]  # without the hidden name
+                raise InputError(f"cannot write {shown(str(path))}: {said}") from e
             _settle(aside)
             with _staged(also or {}) as put, _to_the_end():
                 check_folder(path, foreign)  # something may have come in while the new one was filled

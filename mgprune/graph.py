@@ -19,14 +19,17 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_arrays, save as save_arrays
 
 from .ablations import corrupt
 from .applied import counted_as_applied, recorded_prompts
 from .arguments import Count, InputError, checked, expect, printable, shown
-from .circuit import (Circuit, Provenance, as_text, check_consistent, check_model, check_provenance, check_same_shape,
-                             intersection, json_path, needed, provenance_of, readable, sites_of, tensors_of, union)
-from .edge_pass import Streams, logits_with, prepare_edges, wired, wires_of
+from .checks import trusted
+from .circuit import (Circuit, Provenance, as_plain, as_text, check_consistent, check_keys, check_model, check_provenance,
+                             check_same_shape, intersection, json_path, needed, provenance_of, readable, sites_of, tensors_of,
+                             union)
+from .edge_pass import Streams, framed, logits_with, prepare_edges, wired, wires_of
 from .evaluation import measures
 from .export import mib, view
 from .files import digest, write_file, written_as
@@ -127,12 +130,14 @@ class Graph:
 
     @checked
     def wires(self,
-        model: Model,  # that it belongs to, whose edges were measured
+        model: Model,  # that it belongs to
     ) -> Any:
         "What has to be computed of the model"
-        writers = self.kept.any(0)
+        host, writers = trusted(model), self.kept.any(0)
+        check_model(self.circuit, host)
+        framed(host)
         writers[0] = True
-        return wires_of(host_of(model), self.circuit.masks(), writers)
+        return wires_of(host, self.circuit.masks(), writers)
 
     @checked
     def applied(self,
@@ -320,6 +325,7 @@ def save(
 ) -> Path:
     "Write the graph to disk with its circuit, and return the path of the file"
     path, about = json_path(path), readable(graph.circuit)
+    check_keys(dict(graph.provenance))
     check_consistent(graph.circuit, about)
     check_replaceable(path)
     if graph.scores is not None: graph = replace(graph, scores=graph.scores.float().cpu())
@@ -327,7 +333,7 @@ def save(
     tensors = {f"{part}.{l}": t.contiguous().clone() for part, levels in parts.items() for l, t in levels.items()}
     own = dict(kept=graph.kept) | ({} if graph.scores is None else dict(scores=graph.scores))
     def as_base64(found): return base64.b64encode(save_arrays({k: v.contiguous().clone() for k, v in found.items()})).decode()
-    try: origin = json.loads(json.dumps(dict(graph.provenance)))
+    try: origin = as_plain(dict(graph.provenance))
     except (TypeError, ValueError) as e: raise InputError(
         f"provenance of this graph cannot be written as JSON ({e}): expected texts, numbers, lists and dictionaries") from e
     data = dict(format=FORMAT, edges=[list(edge) for edge in graph.edges()], provenance=origin, circuit=about,
@@ -351,14 +357,15 @@ def load(
     except (ValueError, RecursionError) as e: raise InputError(refused) from e
     try:
         about, tensors = data["circuit"], tensors_of(base64.b64decode(data["circuit_arrays"]))
-        check_provenance(about["provenance"])
+        for origin in (about["provenance"], data["provenance"]): check_provenance(origin)
         circuit = Circuit(tensors["kept"], sites_of(about["sites"]), tensors["scores"], about["provenance"])
         check_consistent(circuit, about)
         own = load_arrays(base64.b64decode(data["arrays"]))
         graph = Graph(own.pop("kept"), circuit, own.pop("scores", None), data["provenance"])
         if own or data["edges"] != [list(edge) for edge in graph.edges()]:
             raise InputError("its edges are not those of its tensors")
-    except (AttributeError, KeyError, TypeError, ValueError) as e: raise InputError(f"{refused} ({shown(str(e))})") from e
+    except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as e:
+        raise InputError(f"{refused} ({shown(str(e))})") from e
     if model is not None: check_model(circuit, host_of(model))
     return graph
 

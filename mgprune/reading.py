@@ -140,7 +140,7 @@ def _separator(header: str) -> str:
     "The character that parts a header into the most known names"
     known = {*FIELDS, *ALIASES}
     def names(separator: str) -> int: return sum(name.strip(' "').casefold() in known for name in header.split(separator))
-    return max(",;\t", key=names)
+    return max(",;\t|", key=names)
 
 def _csv_row(columns: dict[str, str], header: list[str], cells: list[str]) -> dict[str, Any] | InputError:
     "A row of a table by the names in its header, or why it cannot be read"
@@ -155,6 +155,9 @@ def _csv_row(columns: dict[str, str], header: list[str], cells: list[str]) -> di
 def _csv_rows(text: str) -> Iterator[tuple[str, dict[str, Any] | InputError]]:
     "The rows of a table, each with the words for its line"
     first = re.search(r"[^\r\n]*\S[^\r\n]*", text)
+    if first and re.fullmatch(r'"?sep=.?"?', first[0].strip()):  # spreadsheets say in the first line what parts cells
+        text = text[:first.start()] + text[first.end():]
+        first = re.search(r"[^\r\n]*\S[^\r\n]*", text)
     if not first: return
     rows = ((line, cells) for line, cells in _cells(text, _separator(first[0])) if any(map(str.strip, cells)))
     line, header = next(rows, (1, None))
@@ -230,6 +233,8 @@ def rows_of(
     if isinstance(source, (str, Path)): return _file_rows(as_path(source))
     if hasattr(source, "to_dicts"): return listing(source.to_dicts())  # a DataFrame of polars
     if hasattr(source, "to_dict") and hasattr(source, "columns"):  # and one of pandas
+        named = [name for name in source.index.names if isinstance(name, str) and name.casefold() in {*FIELDS, *ALIASES}]
+        if {*named} - {*source.columns}: source = source.reset_index()
         _columns(source.columns)
         return listing(source.to_dict("records"))
     return listing(source)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .ablations import ABLATIONS
 from .agreement import under_ablations
 from .arguments import Count, Seed, at_least, checked
-from .circuit import CircuitFirst
+from .circuit import CircuitFirst, as_plain
 from .controls import Controls, controls
 from .curves import Curve, mib_curve
 from .files import written_as
@@ -75,12 +75,13 @@ def on_faithfulness(
     others = ablations[ablations["faithfulness"].notna()]
     verdicts = others["verdict"].unique()
     same = f"the same under {len(others)} ablations" if len(verdicts) == 1 else "it depends on the ablation"
-    spread = f"; intervals {'all overlap' if ablations.attrs['agree'] else 'do not all overlap'}"
+    same += f"; intervals {'all overlap' if ablations.attrs['agree'] else 'do not all overlap'}"
+    if len(others) < 2: same = f"not told: it was measured under {len(others)} of them"
     return [
         dict(question="Does it answer as the model does?", verdict=said,
              not_shown=f"that it does so on every prompt: the mean KL is {kl['value']:.3g}, the worst {worst['kl']:.3g}; and "
                        "nothing of prompts that are not like these"),
-        dict(question="Whatever ablated nodes hold?", verdict=same + spread,
+        dict(question="Whatever ablated nodes hold?", verdict=same,
              not_shown="what it does with values that none of these ablations puts there")]
 
 def on_necessity(
@@ -364,12 +365,12 @@ def in_json(
     "The report as JSON text: every table, and every pair"
     tables = {name: plain(table) for name, table in report.tables().items()}
     low, high = report.necessity.interval
-    return json.dumps(dict(
+    return json.dumps(as_plain(dict(
         title=report.title, bound=report.bound, ablation=report.worth.ablation, confidence=report.worth.confidence,
         clusters=report.worth.clusters, first=report.first(), verdicts=plain(report.verdicts), tables=tables,
         complement=dict(faithfulness=report.necessity.faithfulness, low=low, high=high),
         incompleteness=report.necessity.incompleteness, ablations_agree=bool(report.ablations.attrs["agree"]),
-        not_measured=report.controls.not_measured, pairs=plain(report.worth.pairs)), indent=1)
+        not_measured=report.controls.not_measured, pairs=plain(report.worth.pairs))), indent=1)
 
 WRITERS = {".md": in_markdown, ".html": in_html,
            ".json": in_json, ".png": lambda r: as_png(page(r), dpi=150)}

@@ -16,7 +16,7 @@ import torch
 from scipy.stats import rankdata
 
 from .arguments import InputError, Share, checked, shown
-from .circuit import Circuit, Provenance, check_same_shape, from_kept, from_scores, jaccard
+from .circuit import Circuit, Provenance, check_model, check_same_shape, from_kept, from_scores, jaccard
 from .evaluation import Divergence, Inside, cut_by_kl
 from .streams import Examples
 from .tree import FINEST, lowest
@@ -89,7 +89,6 @@ def table_of(
 @dataclass(frozen=True, eq=False)
 class Consensus:
     """How often several circuits of one behaviour keep each node
-
     See also `consensus`."""
     circuits: tuple[Circuit, ...]    # two or more, of one model
     shares: dict[str, torch.Tensor]  # level -> [layers, ...] share of the circuits that keep the node
@@ -111,6 +110,7 @@ class Consensus:
         confidence: Inside | None = None,  # chance that pairs not measured here hold it too; None: only these
     ) -> Circuit:
         "A small circuit that holds the divergence and keeps first what most circuits keep"
+        for circuit in self.circuits: check_model(circuit, examples.host)
         threshold = cut_by_kl(self.scores, examples, kl, confidence)
         about = shared_origin(self.circuits, dict(kl=kl, threshold=threshold))
         return from_scores(self.scores, self.circuits[0].sites, threshold, about)

@@ -56,17 +56,17 @@ class Examples:
     def __getitem__(self, rows: Any) -> "Examples":
         if isinstance(rows, Integral): rows = [int(rows)]
         if torch.is_tensor(rows): rows = rows.reshape(-1)
-        def of(values): return None if values is None else values[rows]
-        return replace(self, batch=self.batch[rows], full=self.full[rows], closed=of(self.closed), held=of(self.held))
+        closed, held = (None if values is None else values[rows] for values in (self.closed, self.held))
+        return replace(self, batch=self.batch[rows], full=self.full[rows], closed=closed, held=held)
 
     def logits(self,
         masks: SiteMasks,  # shared by all examples or one for each
     ) -> torch.Tensor:
         "Answer logits of the masked model, [examples, vocabulary], with a gradient to masks that ask for one"
         check_masks_fit(masks, self)
-        with frozen(self.model):
+        with frozen(self.model), torch.set_grad_enabled(sloped(masks)):
             only, size = open_at(self.host, masks), self.batch_size
-            parts = [slice(start, start + size) for start in range(0, len(self), size)]
+            parts = (slice(start, start + size) for start in range(0, len(self), size))
             return torch.cat([one_pass(self[rows], of_rows(masks, rows), only) for rows in parts])
 
 # %% ../nbs/19_streams.ipynb #49f50961
@@ -91,6 +91,12 @@ def one_pass(
     return circuit_logits(examples.host, examples.batch, masks, held, only, checkpointing)
 
 # %% ../nbs/19_streams.ipynb #a823342b
+def sloped(
+    masks: SiteMasks,  # any
+) -> bool:
+    "Whether answers should have a gradient: where masks ask for one, whatever the model's own inputs ask for"
+    return torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in masks)
+
 def check_masks_fit(
     masks: Any,          # as a user gives them
     examples: Examples,  # to use them on

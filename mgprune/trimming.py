@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .arguments import Share, checked
-from .circuit import Circuit, from_kept
+from .circuit import Circuit, check_model, from_kept
 from .evaluation import FEW, SOME, Divergence, Inside, Within, bounds, check_enough, excess_over, growing_excess
 from .models import frozen
 from .objective import Over, divergence
@@ -168,11 +168,11 @@ def trimmed(
     """The circuit without what the budget does not need; its provenance says what each part that is left is needed for
 
     See also `discover`, which does it unless `Recipe(trim=False)`.
-    >>> smaller = trimmed(circuit, prepare(model, task, "valid", most=16), kl=1)
-    >>> smaller.n_neurons() <= circuit.n_neurons()
+    >>> trimmed(circuit, prepare(model, task, "valid", most=16), kl=1).n_neurons() <= circuit.n_neurons()
     True"""
-    asked = (examples, kl, confidence, faithfulness)
+    check_model(circuit, examples.host)
     check_enough(len(examples), confidence)
+    asked = (examples, kl, confidence, faithfulness)
     (by, each), before, tried, spent, needed = excess_over(circuit, *asked, math.inf, over), circuit.n_neurons(), 0, 0, {}
     again, untried = (by <= 0).all(), 0
     while again:

@@ -156,7 +156,8 @@ def labels(
     for name, values in found.items():
         wrong = len(values) != len(prompts) or not all(isinstance(v, Hashable) for v in values)
         if wrong: raise InputError(f"by={name!r}: {shown(values)}: expected a label for each of {len(prompts)} pairs")
-    return found
+    def own_label(v: Any) -> Any: return None if pd.api.types.is_scalar(v) and pd.isna(v) else v  # no NaN is like another
+    return {name: [*map(own_label, values)] for name, values in found.items()}
 
 # %% ../nbs/36_worth.ipynb #6eea47b8
 SHARES = ("accuracy", "exact_match", "full_accuracy", "closed_accuracy")

@@ -7,7 +7,7 @@ import torch
 from families import TINY, pairs, tiny
 from mgprune.arguments import InputError
 from mgprune.attribution import WORTH
-from mgprune.checks import short_pairs, trusted
+from mgprune.checks import is_norm, short_pairs, trusted
 from mgprune.circuit import from_kept, full_circuit
 from mgprune.compiled import build, read_program
 from mgprune.edge_pass import check_parts, edge_logits, edge_scores, framed, logits_with, prepare_edges, wired_logits, wires_of
@@ -235,6 +235,17 @@ def test_every_other_family_is_exact_or_refused(family):
     if family in NO_ROWS | NO_NORM:
         with pytest.raises(InputError, match="edges"): framed(host)
     else: assert framed(host) is framed(host)
+
+
+@pytest.mark.parametrize("family", [family for family in TINY if family not in NO_ROWS | NO_NORM])
+def test_norms_of_equal_weights_are_told_apart(family):
+    "As those of parallel branches in a model that was not trained yet"
+    model = tiny(family)
+    with torch.no_grad():
+        for module in filter(is_norm, model.modules()):
+            for name, p in module.named_parameters(): p.fill_(float(name == "weight"))
+    host = trusted(model)
+    assert len({*framed(host).norms}) >= host.sites.n_layers + 1
 
 
 @pytest.mark.parametrize("one, other", ["qk", "qv", "kv"])
