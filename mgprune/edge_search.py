@@ -363,6 +363,8 @@ def edges(
 ) -> Graph:
     """The fewest edges found between a circuit's nodes that hold a divergence; its provenance says what each is needed for
 
+    The circuit's heads and MLPs get all their neurons back first; those without an edge are no part of the graph. Without kl
+    the budget is the circuit's own divergence and 0.05 nats more.
     Raises `InputError` if the divergence cannot be held by any of its graphs.
     See also `thinned`, `Graph`.
     >>> graph = edges(circuit, model, task, kl=1, learn=False)"""

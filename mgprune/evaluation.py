@@ -199,9 +199,9 @@ def check_enough(
     raise InputError(
         f"{pairs} validation pairs to hold a divergence on, with a confidence of {confidence:g} for others: expected at least "
         f"{least_pairs(confidence)}. Give more pairs: of pairs of your own a quarter is for this, so at least "
-        f"{4 * least_pairs(confidence)} in all. Or ask for a size, with keep=0.1 in place of kl=. Or hold the divergence on "
-        "these pairs alone: in a search recipe=Recipe(confidence=None), after `from mgprune import Recipe`; elsewhere "
-        "confidence=None")
+        f"{4 * least_pairs(confidence)} in all. Or hold the divergence on these pairs alone: in discover and edges with "
+        "recipe=Recipe(confidence=None), after `from mgprune import Recipe`, elsewhere with confidence=None. Or ask discover "
+        "for a size, with keep=0.1 in place of kl=")
 
 # %% ../nbs/21_evaluation.ipynb #59af0e0c
 FEW, SOME = 16, 64  # pairs after which measuring may end early

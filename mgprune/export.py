@@ -680,9 +680,11 @@ def made_with(
 def how_to_measure(
     circuit: Circuit,  # any
 ) -> list[str]:
-    "How it is measured on the test pairs of its task, as Python; nothing where that task is not a built-in one"
+    "How it is measured on the test pairs of its task, as Python; where that is not a built-in one, on pairs that are given"
     p = circuit.provenance
-    if p.pairs_file or not isinstance(p.task, str) or p.corruption not in FITTING.get(p.task, ()): return []
+    if p.pairs_file or not isinstance(p.task, str) or p.corruption not in FITTING.get(p.task, ()): return [
+        "", "# its pairs are not in this folder: with them in a file, from mgprune import evaluate;",
+        '# print(evaluate(circuit, model, "pairs.csv"))']
     n = tuple(p.pairs) if isinstance(p.pairs, list) else None
     draw = dict(corruption=p.corruption, hold_out=p.hold_out or "clean prompts", n=n, seed=p.task_seed)
     options = "".join(f", {name}={in_code(value)}" for name, value in draw.items() if value is not None)
@@ -704,7 +706,8 @@ def card(
         "| made with | |", "| --- | --- |", *origin, "",
         "`view.html` shows the circuit without any program but a browser. To use it:", "", "```python",
         "from mgprune import Circuit, load_model", "", f"model = {how_to_load(circuit, model)}",
-        f"circuit = Circuit.from_hub({in_code(repo)}, model)", *how_to_measure(circuit), "```", ""])
+        f"circuit = Circuit.from_hub({in_code(repo)}, model)  # or the path of this folder, wherever it is",
+        *how_to_measure(circuit), "```", ""])
 
 # %% ../nbs/32_export.ipynb #5f1c2a93
 @checked

@@ -27,15 +27,15 @@ from .applied import counted_as_applied, recorded_prompts
 from .arguments import Count, InputError, checked, expect, printable, shown
 from .checks import trusted
 from .circuit import (Circuit, Provenance, as_plain, as_text, check_consistent, check_keys, check_model, check_provenance,
-                             check_same_shape, intersection, json_path, needed, provenance_of, readable, sites_of, tensors_of,
-                             union)
+                             check_same_shape, from_kept, intersection, json_path, measure_rows, notes_below, provenance_of,
+                             readable, sites_of, tensors_of, union)
 from .edge_pass import Streams, framed, logits_with, prepare_edges, wired, wires_of
 from .evaluation import measures
 from .export import mib, view
 from .files import digest, write_file, written_as
 from .hooks import host_of
 from .models import Model, frozen
-from .plots import COLOURS, Picture
+from .plots import COLOURS, Picture, as_png
 from .streams import Pairs, holding
 from .tasks import Task
 from .widgets import Explorer, Shown, pairs_of
@@ -188,7 +188,7 @@ class Graph:
 
     @checked
     def write(self,
-        path: str | Path,  # of the file; its ending is one of .html, .dot and .mib.json
+        path: str | Path,  # of the file; its ending is one of .html, .png, .dot and .mib.json
     ) -> Path:
         "Write the graph as what the name of the file says, and return its path"
         return write(self, path)
@@ -243,15 +243,18 @@ def in_text(
     graph: Graph,  # any
 ) -> str:
     "The graph for a terminal: what it is, its edges in both conventions, its measures, and what its edges are needed for"
-    p, metrics = graph.provenance, graph.provenance.metrics or {}
+    p, own = graph.provenance, replace(graph.circuit, provenance=graph.provenance)
     head = " ".join(["Graph", *(f"{word} {printable(p[k])}" for k, word in (("model", "of"), ("task", "for")) if k in p)])
     names = {"ACDC": "edges as ACDC", "group": "edges by group"}
     rows = [f"  {names[how]:<17}{n:>9,} of {total:>9,}{n / total:>9.1%}" for how, (n, total) in graph.counts().items()]
-    nodes = f"  {len(graph.writers())} writers, {len(graph.readers())} readers"
-    said = ", ".join(f"{printable(k).replace('closed', 'fully ablated').replace('_', ' ')} {v:.3g}" for k, v in metrics.items()
-                     if isinstance(v, float))
-    last = said, needed(replace(graph.circuit, provenance=graph.provenance))
-    return "\n".join([head, *rows, nodes, *("  " + line for line in last if line)])
+    writers, c = {*graph.writers()}, graph.circuit
+    there = [[f"a{layer}.h{head}" in writers for layer, head in c.heads()], [f"m{layer}" in writers for layer in c.mlps()]]
+    bare = from_kept({level: c.kept[level] for level in ("head", "mlp")}, c.sites)
+    of_it = "of the circuit, with all their neurons" if bare == c else "of the circuit"
+    kinds = zip(("heads with edges", "MLPs with edges"), there)
+    rows += [f"  {name:<17}{sum(of):>9,} of {len(of):>9,}  {of_it}" for name, of in kinds]
+    measures = [f"  {name:<17}{value:>9}  {meaning}" for name, value, meaning in measure_rows(own)]
+    return "\n".join([head, *rows, *measures, *("  " + line for line in notes_below(own))])
 
 # %% ../nbs/45_graph.ipynb #07913053
 Way = tuple[float, tuple[str, ...]]  # its strength, and the readers on it
@@ -591,7 +594,13 @@ def mib_json(
     "The benchmark's nodes and edges as JSON text"
     return json.dumps(as_mib(graph))
 
-WRITERS = {".html": Graph.view, ".dot": dot, ".mib.json": mib_json}  # by the ending of a name
+def png(
+    graph: Graph,  # any
+) -> bytes:
+    "The picture as a PNG file's content"
+    return as_png(graph.plot(), dpi=150)
+
+WRITERS = {".html": Graph.view, ".png": png, ".dot": dot, ".mib.json": mib_json}  # by the ending of a name
 
 def write(
     graph: Graph,      # any

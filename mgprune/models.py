@@ -276,7 +276,8 @@ def frozen(
     "Within the context: evaluation mode, and no parameter asks for a gradient; afterwards as before"
     if torch.is_inference_mode_enabled(): raise InputError(
         "torch.inference_mode is on, which keeps no gradients: leave it, or use torch.no_grad")
-    if any(torch.is_autocast_enabled(p.device.type) for p in model.parameters()): raise InputError(
+    kinds = {p.device.type for p in model.parameters()} - {"meta"}  # where weights are that are kept elsewhere
+    if any(map(torch.is_autocast_enabled, kinds)): raise InputError(
         "torch.autocast is on, under which a model answers otherwise than its dtype says: leave it, or load the model with "
         "dtype=torch.bfloat16")
     training = [(m, m.training) for m in model.modules()]

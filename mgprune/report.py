@@ -286,8 +286,9 @@ def opening(
     drawn = f" in {report.groups} groups by {report.worth.clusters}" if report.groups else ""
     ask, hints = to_ask(f["low"], f["high"], report.bound), []
     if report.groups and report.groups < FEW_GROUPS: hints.append(
-        f"Pairs with the same {report.worth.clusters} are alike, so the intervals count {report.groups} groups, not "
-        f"{f['pairs']} pairs: so few leave much room, even where every pair is correct")
+        f"Pairs with the same {report.worth.clusters} are alike, so the intervals of measures and ablations "
+        f"count {report.groups} groups, not {f['pairs']} pairs: so few leave much room, even where every pair is correct. Those "
+        "of controls are by pairs")
     if ask: hints.append(f"Where {report.bound:.0%} is wanted, {ask}")
     under = [f"under {a}: {v}" for a, v in zip(report.ablations["ablation"], report.ablations["verdict"])]
     return [f"Faithfulness {f['value']:.3f}, {report.worth.confidence:.0%} interval {f['low']:.3f} to {f['high']:.3f}, on "

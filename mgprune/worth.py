@@ -377,6 +377,7 @@ def differing(
     for name, (x, y, below) in parts.items():
         first, second, apart = (float(v.mean() / below.mean()) if below.mean() else float("nan") for v in (x, y, x - y))
         low, high = interval(x - y, clusters, confidence)  # Student's, which holds for few groups too
+        if name in SHARES: low, high = max(low, -1.), min(high, 1.)
         if name == "faithfulness": low, high = ratio_interval(x - y, below, clusters, confidence, draws, seed)
         rows.append(dict(measure=name, circuit=first, other=second, difference=apart, low=low, high=high,
                          apart=low > 0 or high < 0))
