@@ -876,7 +876,7 @@ def terminal() -> Generator[None]:
 
 # %% ../nbs/47_cli.ipynb #c0d44e46
 IN_SHELL = (  # how a message for Python names a setting, and its option
-    (r"in a search recipe=Recipe\(confidence=None\), after .*confidence=None", "--confidence none"),
+    (r"in discover and edges with recipe=Recipe\(confidence=None\), after .*confidence=None", "--confidence none"),
     (r"with keep=0.1 in place of kl=", "with --keep 0.1 in place of --kl"),
     (r"Recipe\((\w+)=True\)", lambda found: f"--{found[1].replace('_', '-')}"),
     (r"Recipe\((\w+)=([\w.]+)\)", lambda found: f"--{found[1].replace('_', '-')} {found[2].replace('...', 'N')}"),

@@ -356,7 +356,7 @@ def test_pairs_from_a_file_are_found_again(pairs, tmp_path, capsys):
     (["evaluate", "greater-than"], "'greater-than' is a task, and there is no circuit of that name here"),
     (["export", "greater-than", "a.csv"], "Find one first (mgprune discover greater-than --out greater-than)"),
     (["export", "missing.json", "a.csv"], "cannot read the circuit 'missing.json'"),
-    (["export", "missing.json", "a.pdf"], "'a.pdf': expected a file that ends in one of .csv, .dot, .svg, .html, .mib.json"),
+    (["export", "missing.json", "a.pdf"], "'a.pdf': expected a file that ends in one of .csv, .dot, .svg, .png, .html, .mib.json"),
     (["export", "missing.json"], "FILE"),
 ])
 def test_refuses(argv, says, capsys):
