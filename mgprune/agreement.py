@@ -187,8 +187,8 @@ def under_ablations(
     >>> under_ablations(circuit, model, task, ("corrupt", "mean"), draws=50)["ablation"].tolist()
     ['corrupt', 'mean']"""
     check_model(circuit, host_of(model))
-    for asked in ablations: asked == "optimal" or ablation_named(asked)
     if not ablations: raise InputError("ablations=(): expected at least one, such as 'corrupt'")
+    for name in (asked for asked in ablations if asked != "optimal"): ablation_named(name)
     rows, task = list[dict[str, Any]](), task_of(model, task)
     pairs = task  # and then the same on the model, whose own answers are known
     for asked in ablations:
