@@ -6,7 +6,7 @@
 __all__ = ['main']
 
 # %% ../nbs/47_cli.ipynb #a4e01139
-import argparse, json, math, os, re, sys, time, warnings
+import argparse, json, os, re, sys, time, warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import TextIOBase
@@ -19,7 +19,7 @@ from transformers.utils import logging
 from . import __version__
 from .ablations import ABLATIONS, what_it_holds
 from .arguments import Count, InputError, Seed, as_path, expect, printable
-from .circuit import Circuit, how_to_load
+from .circuit import Circuit, as_plain, how_to_load
 from .evaluation import DIVERGENCES, SIZES, evaluate
 from .files import STATE, check_folder, check_place, digest, in_code, in_markdown, is_of_search, write_file, write_folder
 from .models import dtype_of, load_model
@@ -396,8 +396,7 @@ def report(
     "Plain values for a JSON file: where the circuit comes from, its measures and its counts as [kept, total]"
     origin = {k: circuit.provenance.get(k) for k in (*ORIGIN, "ablation", "dtype")}
     said = {**metrics, **more}
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in said.items()}
-    return origin | finite | {"counts": {level: [*count] for level, count in circuit.counts().items()}}
+    return origin | as_plain(said) | {"counts": {level: [*count] for level, count in circuit.counts().items()}}
 
 def write_json(
     path: str | Path,  # of the file

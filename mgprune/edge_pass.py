@@ -121,7 +121,7 @@ def norm_before(
         return norm.read.shape[-1] == host.sites.width and torch.equal(norm.wrote[:, -1], own.read[:, -1])
     found = [module for module, passed in seen.items() if is_norm(module) and alike(passed)]
     # norms of parallel branches may have equal weights, as in a model that was not trained yet
-    for module in sorted(found, key=lambda module: seen[module].wrote_at != own.read_at): return module
+    if found: return min(found, key=lambda module: seen[module].wrote_at != own.read_at)
     raise InputError(
         f"{type(host.model).__name__}: a {type(reader).__name__} reads something else than a norm of the residual stream, so "
         "that edges into it cannot be told apart")

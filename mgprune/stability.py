@@ -16,7 +16,7 @@ import torch
 from scipy.stats import rankdata
 
 from .arguments import InputError, Share, checked, shown
-from .circuit import Circuit, Provenance, check_model, check_same_shape, from_kept, from_scores, jaccard
+from .circuit import Circuit, Provenance, check_model, check_same_model, check_same_shape, from_kept, from_scores, jaccard
 from .evaluation import Divergence, Inside, cut_by_kl
 from .streams import Examples
 from .tree import FINEST, lowest
@@ -135,10 +135,7 @@ def check_alike(
         if not isinstance(c, Circuit): raise InputError(f"circuits[{i}]={shown(c)}: expected a Circuit, such as discover returns")
     if len(circuits) < 2: raise InputError(
         f"circuits has {len(circuits)}: expected two or more of one behaviour, such as discover returns for several seeds")
-    for c in circuits: check_same_shape(circuits[0], c)
-    known = sorted({c.provenance.fingerprint for c in circuits} - {None})
-    if len(known) > 1: raise InputError(
-        f"the circuits belong to models with the fingerprints {', '.join(known)}: expected circuits of one model")
+    for a, b in combinations(circuits, 2): check_same_model(a, b)
     searched = {tuple(c.kept) for c in circuits}
     if len(searched) > 1: raise InputError(
         f"the circuits have different levels, {' and '.join(map(shown, sorted(searched)))}: search all of them at the same ones")

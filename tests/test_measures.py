@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 from families import SPECIAL, TINY, pairs, randomise, tiny
 from mgprune import evaluate, prepare, streams, tasks
-from mgprune.ablations import ABLATIONS, zero
-from mgprune.agreement import fitted, loss_with, under_ablations
+from mgprune.ablations import ABLATIONS, hold, zero
+from mgprune.agreement import answers_with, fitted, loss_with, under_ablations
 from mgprune.attribution import attribute, random_ranking
 from mgprune.circuit import from_kept, from_scores, full_circuit
 from mgprune.controls import controls
@@ -25,7 +25,7 @@ from mgprune.models import InputError, frozen
 from mgprune.necessity import complement, necessity, nodes_of, without
 from mgprune.objective import kl_divergence
 from mgprune.pairs import Batch
-from mgprune.passes import Recording
+from mgprune.passes import Recording, circuit_logits
 from mgprune.prompts import beginnings, by_prompt, in_levels, own_scores, silhouette
 from mgprune.report import faithful, report
 from mgprune.sites import find_sites
@@ -208,6 +208,14 @@ def test_constants_are_fitted_from_a_bad_start():
         found = fitted(examples, masks, bare, loss_with(examples, masks, bare, squared), squared, 100, .05, 64, 0)
         assert abs(loss_with(examples, masks, bare, squared) - 2) < 1e-5
         assert abs(loss_with(examples, masks, found, squared) - 1) < .01 and abs(found.mlp[0][0, 0, 0].item() - 1) < .1
+
+
+def test_constants_that_are_projected_once_answer_as_those_of_every_pair(model, task):
+    examples = prepare(model, task, ablation="mean")
+    masks, held = some_circuit(examples.sites).masks(), hold(examples.host, examples.batch, ABLATIONS["mean"], examples.reference, False)
+    with torch.no_grad(), frozen(model):
+        slow = circuit_logits(examples.host, examples.batch, masks, held.over(examples.batch.clean.shape[1]))
+        assert torch.allclose(answers_with(examples, masks, held.recording), slow, atol=1e-4)
 
 
 def test_each_row_is_what_evaluate_says(model, task, examples):
